@@ -1,0 +1,128 @@
+"""The communicator of a tensor-parallel group: the only module that calls MPI.
+
+NumPy is not imported here, so that an entry point can learn from MPI how many ranks share its node, and limit the
+BLAS threads, before NumPy starts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import mpi4py
+from mpi4py import MPI
+
+
+@dataclass
+class Traffic:
+    """What one collective operation cost so far on this rank."""
+
+    calls: int = 0
+    bytes: int = 0  # of the buffer, on this rank
+    seconds: float = 0.0
+
+
+class GroupError(RuntimeError):
+    """An error of some rank, known to all ranks of the group, so that every one ends the same way."""
+
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
+
+
+class Communicator:
+    """The ranks that hold the shards of one model.
+
+    `synchronize` waits for the device: MPI knows nothing of CUDA streams, so it is called before each collective.
+    `staging` carries device arrays over a host buffer (`to_host(x) -> array`, `from_host(array, x)`); None hands MPI
+    the array's own memory.
+    """
+
+    def __init__(self, mpi_comm: MPI.Comm | None = None, synchronize=None, staging=None):
+        self.mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
+        self.rank, self.size = self.mpi_comm.rank, self.mpi_comm.size
+        self.synchronize, self.staging = synchronize, staging
+        self.traffic = {name: Traffic() for name in ('all_reduce', 'gather', 'broadcast')}
+
+    def all_reduce(self, x) -> None:
+        """Sum x over all ranks, in place.  x: C-contiguous float32, the same shape on every rank.
+
+        Returns None, so that nobody goes on with a stale copy.  Other element types and orders are refused: MPI
+        libraries have been seen to sum bfloat16 as integers, and to mix Fortran with C order silently.
+        """
+        if x.dtype != 'float32' or not x.flags.c_contiguous:
+            raise TypeError(f'all_reduce of {x.dtype}, C-contiguous: {x.flags.c_contiguous}; expected C-contiguous float32')
+        start = perf_counter()
+        if self.synchronize is not None:
+            self.synchronize()
+        if self.staging is None:
+            self.mpi_comm.Allreduce(MPI.IN_PLACE, x)
+        else:
+            host = self.staging.to_host(x)
+            self.mpi_comm.Allreduce(MPI.IN_PLACE, host)
+            self.staging.from_host(host, x)
+        self._count('all_reduce', x.nbytes, start)
+
+    def gather(self, x, out) -> None:
+        """Collect one small host array of each rank on rank 0.  x: [...], out: [size, ...] there and None elsewhere."""
+        start = perf_counter()
+        self.mpi_comm.Gather(x, out)
+        self._count('gather', x.nbytes, start)
+
+    def broadcast(self, x) -> None:
+        """Overwrite a small host array on every rank with rank 0's."""
+        start = perf_counter()
+        self.mpi_comm.Bcast(x)
+        self._count('broadcast', x.nbytes, start)
+
+    def _count(self, name: str, nbytes: int, start: float):
+        traffic = self.traffic[name]
+        traffic.calls += 1
+        traffic.bytes += nbytes
+        traffic.seconds += perf_counter() - start
+
+    # ---- set-up only: these pickle, which is several times slower
+
+    def exchange(self, value) -> list:
+        """The values of all ranks, on all ranks."""
+        return self.mpi_comm.allgather(value)
+
+    def share(self, value):
+        """Rank 0's value, on all ranks."""
+        return self.mpi_comm.bcast(value)
+
+    def agree(self, error: BaseException | None) -> None:
+        """Return if no rank has an error; otherwise raise the lowest such rank's as GroupError, on all ranks alike."""
+        errors = self.exchange(None if error is None else _one_line(error))
+        for rank, message in enumerate(errors):
+            if message is not None:
+                raise GroupError(rank, message) from error
+
+    def exchange_on_node(self, value) -> tuple[int, list]:
+        """This rank's number among the ranks of its node, and the values of all of them."""
+        local = self.mpi_comm.Split_type(MPI.COMM_TYPE_SHARED)
+        try:
+            return local.rank, local.allgather(value)
+        finally:
+            local.Free()
+
+
+def abort(code: int = 1) -> None:
+    """End all ranks of this MPI world at once."""
+    MPI.COMM_WORLD.Abort(code)
+
+
+def describe() -> str:
+    """The MPI library in use, for bug reports."""
+    library = MPI.Get_library_version().replace('\x00', '').strip().splitlines()[0].strip()
+    return f'{" ".join(library.split())}, MPI {".".join(map(str, MPI.Get_version()))}, mpi4py {mpi4py.__version__}'
+
+
+def host_name() -> str:
+    """The name of this rank's host, as MPI knows it."""
+    return MPI.Get_processor_name()
+
+
+def _one_line(error: BaseException) -> str:
+    text = ' '.join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'

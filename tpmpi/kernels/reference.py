@@ -1,0 +1,210 @@
+"""Every operation of the model, readable, on any array module: the documentation and the oracle of all other kernels.
+
+Shapes: `tokens` counts the rows of this step, which may belong to several requests; `heads/n`, `kv_heads/n`, `ffn/n`
+are this rank's parts.  All arithmetic is float32.
+
+This set packs every matrix as float32 [in, out]: one row of x times a matrix in that order streams it from memory with
+no sum across vector lanes (measured: 22 GB/s on a core, against 16 GB/s for [out, in]).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from tpmpi.weights import Weight, decode, decode_bfloat16, encode_bfloat16
+
+SCORES_PER_TILE = 1 << 20  # attention scores that exist at once: 4 MiB, which bounds memory and stays near the cache
+
+
+def namespace(x):
+    """The array module that x belongs to: numpy, or whatever module defines its type."""
+    return np if isinstance(x, np.ndarray) else sys.modules[type(x).__module__.partition('.')[0]]
+
+
+# ---- weights: each kernel set keeps its own layout
+
+
+def new_weight(rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=np) -> Weight:
+    """An empty packed matrix for `rows` stored rows; `fill` puts them in, piece by piece."""
+    shape = (rows, hidden_size) if transposed else (hidden_size, rows)  # [in, out] in both cases
+    return Weight(xp.empty(shape, xp.float32), 'float32', letter=letter)
+
+
+def fill(weight: Weight, at: int, raw: np.ndarray, kind: str, transposed: bool) -> None:
+    """Put stored rows into a packed matrix.  raw: [rows, hidden] in the file's storage; at: its first row's place."""
+    xp = namespace(weight.data)
+    values = xp.asarray(decode(raw, kind))
+    if transposed:
+        weight.data[at:at + len(raw)] = values
+    else:
+        weight.data[:, at:at + len(raw)] = values.T
+
+
+# ---- the operations of a step
+
+
+def embed(tokens, table: Weight, vocab: range):
+    """Rows of the embedding that this rank holds, zeros for the others' tokens.  [tokens] -> [tokens, hidden]"""
+    xp = namespace(table.data)
+    mine = (tokens >= vocab.start) & (tokens < vocab.stop)
+    x = xp.zeros((len(tokens), table.data.shape[0]), xp.float32)
+    x[mine] = table.data[:, tokens[mine] - vocab.start].T
+    return x
+
+
+def rms_norm(x, gain, eps: float):
+    """x / sqrt(mean(x^2) + eps) * gain.  [tokens, hidden] -> [tokens, hidden]   (Zhang and Sennrich 2019)"""
+    xp = namespace(x)
+    mean_square = xp.einsum('ij,ij->i', x, x)[:, None] / xp.float32(x.shape[-1])
+    return x * (1 / xp.sqrt(mean_square + xp.float32(eps))) * gain
+
+
+def linear(x, weight: Weight):
+    """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
+    return x @ weight.data
+
+
+def rope_table(positions, head_dim: int, theta: float):
+    """What turns the pairs of a head at each position: cos and signed sin.  [tokens] -> [tokens, 1, head_dim] twice
+
+    Pair i, (x[i], x[i + head_dim/2]), turns by position * theta^(-2i/head_dim).   (Su et al. 2021)
+    """
+    xp = namespace(positions)
+    frequencies = theta ** (-xp.arange(0, head_dim, 2, dtype=xp.float64) / head_dim)  # [head_dim/2]
+    angles = positions.astype(xp.float64)[:, None, None] * frequencies
+    cos, sin = xp.cos(angles), xp.sin(angles)
+    return (xp.concatenate((cos, cos), axis=-1).astype(xp.float32),
+            xp.concatenate((-sin, sin), axis=-1).astype(xp.float32))
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (a, b) to (a cos - b sin, b cos + a sin).  [tokens, heads, head_dim], the same shape"""
+    xp = namespace(x)
+    half = x.shape[-1] // 2
+    return x * cos + xp.concatenate((x[..., half:], x[..., :half]), axis=-1) * sin
+
+
+def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):
+    """Split the fused projection, turn Q and K, put K and V into the cache.
+
+    qkv: [tokens, (heads + 2 kv_heads)/n * head_dim]; rope: a rope_table or None; slots: [tokens], where each token's
+    K and V go.  Returns Q [tokens, heads/n, head_dim].
+    """
+    kv_heads = len(cache.k)
+    qkv = qkv.reshape(len(qkv), num_heads + 2 * kv_heads, head_dim)
+    qk, v = qkv[:, :num_heads + kv_heads], qkv[:, num_heads + kv_heads:]
+    if rope is not None:
+        qk = rotate(qk, *rope)
+    k = qk[:, num_heads:]
+    if cache.k.dtype == np.uint16:
+        k, v = encode_bfloat16(k), encode_bfloat16(v)
+    cache.k[:, slots] = k.swapaxes(0, 1)
+    cache.v[:, slots] = v.swapaxes(0, 1)
+    return qk[:, :num_heads]
+
+
+def attend(q, cache, query_groups, segments, window: int | None):
+    """B = softmax(Q K^T / sqrt(head_dim)) V over each request's ring.
+
+    q: [tokens, heads/n, head_dim]; query_groups: for each KV head of the cache the run of query heads that reads it;
+    segments: which rows belong to which request and where its keys lie (see kv_cache.Segment).  A query at position p
+    sees the keys at positions p - window + 1 to p.  Returns B [tokens, heads/n * head_dim].
+    """
+    xp = namespace(q)
+    tokens, heads, head_dim = q.shape
+    b = xp.empty((tokens, heads, head_dim), xp.float32)
+    if heads == 0:
+        return b.reshape(tokens, 0)
+    q = q * xp.float32(head_dim ** -0.5)
+    for segment in segments:
+        for rows, keys, hidden in segment.tiles(window, SCORES_PER_TILE // heads):
+            tile = xp.ascontiguousarray(q[rows].swapaxes(0, 1))  # [heads/n, rows, head_dim]
+            scores = xp.empty((heads, tile.shape[1], keys.stop - keys.start), xp.float32)
+            for kv_head, group in enumerate(query_groups):
+                k = _values(cache.k[kv_head, segment.keys][keys])  # [keys, head_dim]
+                run = slice(group.start, group.stop)
+                xp.matmul(tile[run].reshape(-1, head_dim), k.T, out=scores[run].reshape(-1, len(k)))
+            if hidden is not None:  # [rows, keys]: what a query must not see
+                xp.copyto(scores, xp.float32(-xp.inf), where=xp.asarray(hidden))
+            scores -= scores.max(axis=-1, keepdims=True)
+            xp.exp(scores, out=scores)
+            total = scores.sum(axis=-1, keepdims=True)  # [heads/n, rows, 1]
+            for kv_head, group in enumerate(query_groups):
+                v = _values(cache.v[kv_head, segment.keys][keys])
+                run = slice(group.start, group.stop)
+                xp.matmul(scores[run].reshape(-1, len(v)), v, out=tile[run].reshape(-1, head_dim))
+            b[rows] = (tile / total).swapaxes(0, 1)
+    return b.reshape(tokens, heads * head_dim)
+
+
+def _values(x):
+    """Cached values as float32: themselves, or decoded from the bits of bfloat16."""
+    return decode_bfloat16(x) if x.dtype == np.uint16 else x
+
+
+def activate(x, kind: str):
+    """The MLP's activation, element by element."""
+    xp = namespace(x)
+    if kind == 'silu':
+        with np.errstate(over='ignore'):  # exp(-x) may reach infinity, and x / infinity is the right 0
+            return x / (1 + xp.exp(-x))
+    if kind == 'relu':
+        return xp.maximum(x, 0)
+    if kind == 'gelu_tanh':
+        return 0.5 * x * (1 + xp.tanh(xp.float32(0.7978845608028654) * (x + xp.float32(0.044715) * x * x * x)))
+    if kind == 'gelu':
+        return 0.5 * x * (1 + erf(x * xp.float32(0.7071067811865476)))
+    assert kind == 'identity'
+    return x
+
+
+def erf(x):
+    """The error function: Numerical Recipes' Chebyshev fit of erfc, error below 1.2e-7 everywhere."""
+    xp = namespace(x)
+    z = xp.abs(x.astype(xp.float64))
+    t = 1 / (1 + 0.5 * z)
+    series = (-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587,
+              -0.82215223, 0.17087277)
+    exponent = xp.zeros_like(z)
+    for c in reversed(series):
+        exponent = exponent * t + c
+    erfc = t * xp.exp(-z * z + exponent)
+    return (xp.sign(x) * (1 - erfc)).astype(xp.float32)
+
+
+def gated_activation(gate_up, kind: str):
+    """activation(gate) * up.  [tokens, 2 ffn/n] -> [tokens, ffn/n]   (Shazeer 2020)"""
+    ffn = gate_up.shape[-1] // 2
+    return activate(gate_up[:, :ffn], kind) * gate_up[:, ffn:]
+
+
+# ---- the head
+
+
+def log_sum_exp(logits):
+    """log(sum(exp(logits))) of each row, -inf where a rank holds no vocabulary.  [tokens, vocab/n] -> [tokens]"""
+    xp = namespace(logits)
+    if logits.shape[-1] == 0:
+        return xp.full(len(logits), -xp.inf, xp.float32)
+    top = logits.max(axis=-1, keepdims=True)
+    return (top + xp.log(xp.exp(logits - top).sum(axis=-1, keepdims=True)))[:, 0]
+
+
+def top_k(values, k: int):
+    """The k largest of a row and their indices, largest first, equal ones by lower index.  [vocab/n] -> [k], [k]"""
+    xp = namespace(values)
+    k = min(k, len(values))
+    if k == 1:
+        index = xp.argmax(values, keepdims=True)
+        return values[index], index
+    if k < len(values):
+        threshold = xp.partition(values, len(values) - k)[len(values) - k]
+        above = xp.flatnonzero(values > threshold)
+        equal = xp.flatnonzero(values == threshold)[:k - len(above)]
+        index = xp.concatenate((above, equal))
+    else:
+        index = xp.arange(len(values))
+    order = xp.lexsort(xp.stack((index, -values[index])))
+    return values[index[order]], index[order]
