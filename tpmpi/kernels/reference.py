@@ -196,8 +196,8 @@ def top_k(values, k: int):
     """The k largest of a row and their indices, largest first, equal ones by lower index.  [vocab/n] -> [k], [k]"""
     xp = namespace(values)
     k = min(k, len(values))
-    if k == 1:
-        index = xp.argmax(values, keepdims=True)
+    if k <= 1:
+        index = xp.argmax(values, keepdims=True) if k else xp.arange(0)
         return values[index], index
     if k < len(values):
         threshold = xp.partition(values, len(values) - k)[len(values) - k]
