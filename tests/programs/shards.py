@@ -1,0 +1,74 @@
+"""On every rank: run the models on their shards, and save on rank 0 what a test compares with one that has no shards.
+
+arguments: OUT.npz MODEL.h5 …; the last line printed is JSON: for each model the MPI calls of one decode step.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+from tpmpi.checkpoint import CheckpointReader
+from tpmpi.comm import Communicator
+from tpmpi.kernels import reference as ops
+from tpmpi.kv_cache import KVCache
+from tpmpi.model import Step, forward, load_model, logits
+from tpmpi.sharding import shard
+
+TOKENS = np.random.default_rng(1).integers(0, 256, 23)
+CHUNKS = ((0, 9), (9, 1), (10, 1), (11, 12))
+
+
+class Counted:
+    """MPI's communicator, with each call and the bytes of its largest buffer noted."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        value = getattr(MPI.COMM_WORLD, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments, **options):
+            self.calls.append((name, max((getattr(a, 'nbytes', 0) for a in arguments), default=0)))
+            return value(*arguments, **options)
+        return call
+
+
+def run(path, counted):
+    comm = Communicator(counted)
+    with CheckpointReader(path) as reader:
+        config = reader.config
+        model = load_model(reader, shard(config, comm.rank, comm.size), ops, verify=True)
+    cache = KVCache(config, model.shard, 8, 8)
+    ring, parts, calls = cache.allocate(64), [], []
+    for start, count in CHUNKS:
+        counted.calls.clear()
+        step = Step.of(TOKENS[start:start + count], (ring.segment(0, start, count),))
+        hidden = forward(step, model, cache, ops, comm)
+        if count == 1:
+            calls = list(counted.calls)
+        parts.append(logits(hidden, model, ops))
+    gathered = MPI.COMM_WORLD.gather((np.concatenate(parts), model.nbytes))
+    assert all(np.array_equal(h, hidden) for h in MPI.COMM_WORLD.allgather(hidden)), 'ranks differ after the all-reduce'
+    return gathered, calls
+
+
+def main(out, *paths):
+    counted, results, report = Counted(), {}, {}
+    for path in paths:
+        gathered, calls = run(path, counted)
+        name = Path(path).stem
+        if MPI.COMM_WORLD.rank == 0:
+            results[name] = np.concatenate([part for part, _ in gathered], axis=1)
+            report[name] = {'calls': calls, 'weights': [nbytes for _, nbytes in gathered]}
+    if MPI.COMM_WORLD.rank == 0:
+        np.savez(out, **results)
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

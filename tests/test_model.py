@@ -1,0 +1,98 @@
+"""The layer on shards, under real MPI: the same logits as the whole model in float64, and the promised traffic only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs.shards import TOKENS
+from ranks import on_threads, run_program
+
+from tpmpi.checkpoint import CheckpointReader
+from tpmpi.config import ModelConfig
+from tpmpi.kernels import reference as ops
+from tpmpi.kv_cache import KVCache
+from tpmpi.model import Step, forward, load_model, logits
+from tpmpi.sharding import shard
+
+
+@pytest.fixture(scope='module')
+def expected(models):
+    return {name: tiny.oracle_logits(tensors, config, TOKENS) for name, (_, config, tensors) in models.items()}
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 7, 9, 12])
+def test_shards_give_the_whole_model_s_logits_with_one_all_reduce_after_c_and_one_after_e(models, expected, tmp_path, size):
+    out = tmp_path / 'out.npz'
+    report = run_program('shards.py', size, out, *(path for path, _, _ in models.values()))
+    found = np.load(out)
+    for name, (_, config, tensors) in models.items():
+        np.testing.assert_allclose(found[name], expected[name], atol=3e-5 * np.abs(expected[name]).max())
+        per_layer = 1 if config.parallel_block else 2
+        # one decode step: the embedding's, then the layers' all-reduces, each of one row of the hidden states
+        assert report[name]['calls'] == [['Allreduce', 4 * config.hidden_size]] * (1 + per_layer * config.num_layers)
+        whole = sum(4 * t.size for t in tensors.values() if t.ndim == 2)
+        straddling = sum(report[name]['weights']) - whole
+        kv_bytes = 2 * config.num_layers * config.head_dim * config.hidden_size * 4
+        held = sum(len(shard(config, rank, size).kv_heads) for rank in range(size))
+        assert straddling == (held - config.num_kv_heads) * kv_bytes
+
+
+@st.composite
+def configs(draw):
+    kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    return ModelConfig(
+        vocab_size=draw(st.integers(65, 300)), hidden_size=2 * draw(st.integers(2, 12)), num_layers=draw(st.integers(1, 2)),
+        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=2 * draw(st.integers(1, 4)),
+        ffn_size=draw(st.integers(1, 200)), max_positions=64, norm=draw(st.sampled_from(['rms', 'none'])),
+        residual=draw(st.booleans()), gated=True, parallel_block=draw(st.booleans()), tie_embeddings=draw(st.booleans()),
+        rope_theta=draw(st.sampled_from([None, 100.0, 1e4])), window=draw(st.sampled_from([None, 1, 5])))
+
+
+@settings(max_examples=25, deadline=None)
+@given(config=configs(), size=st.integers(1, 17), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 9))
+def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size, lengths, seed):
+    """Ranks are threads here; two requests share each step and the pool, in blocks of 3."""
+    path = tmp_path_factory.mktemp('any') / 'model.h5'
+    tensors = tiny.write_model(path, config, seed=seed)
+    rng = np.random.default_rng(seed)
+    requests = [rng.integers(0, config.vocab_size, sum(lengths)) for _ in range(2)]
+    expected = [tiny.oracle_logits(tensors, config, tokens) for tokens in requests]
+
+    def work(comm):
+        with CheckpointReader(path) as reader:
+            model = load_model(reader, shard(config, comm.rank, comm.size), ops)
+        cache = KVCache(config, model.shard, 2 * -(-sum(lengths) // 3), 3)
+        rings, start, parts = [cache.allocate(sum(lengths)) for _ in range(2)], 0, []
+        for count in lengths:
+            tokens = np.concatenate([r[start:start + count] for r in requests])
+            segments = tuple(ring.segment(i * count, start, count) for i, ring in enumerate(rings))
+            hidden = forward(Step.of(tokens, segments), model, cache, ops, comm)
+            parts.append(logits(hidden, model, ops).reshape(2, count, -1))
+            start += count
+        return np.concatenate(parts, axis=1)
+
+    found = np.concatenate(on_threads(size, work), axis=2)
+    scale = max(np.abs(e).max() for e in expected)
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-4 * scale + 1e-5)
+
+
+def test_the_literal_diagram_has_no_norm_no_residual_and_one_matrix_before_the_activation(models):
+    path, config, tensors = models['literal']
+    assert not any('norm' in name or 'gate' in name for name in tensors)
+    assert (config.norm, config.residual, config.gated, config.rope_theta) == ('none', False, False, None)
+
+
+def test_a_shorter_context_is_a_window(models):
+    path, config, _ = models['nine_heads']
+    with CheckpointReader(path) as reader:
+        part = shard(config, 0, 1)
+        assert load_model(reader, part, ops, context=7).window == 7
+        assert load_model(reader, part, ops).window is None
+        windowed = dataclasses.replace(config, window=5)
+        reader.config = windowed
+        assert load_model(reader, part, ops, context=7).window == 5
