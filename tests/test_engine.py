@@ -1,0 +1,172 @@
+"""Generation: a cached step equals recomputing all, a full ring is a sliding window, chunks do not show."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_threads
+
+from tpmpi.checkpoint import CheckpointReader
+from tpmpi.config import ConfigError, RunConfig
+from tpmpi.device import Device
+from tpmpi.engine import Engine, StopText
+from tpmpi.kernels import reference as ops
+from tpmpi.model import load_model
+from tpmpi.sampling import SamplingParams
+from tpmpi.sharding import shard
+from tpmpi.tokenizer import Tokenizer
+
+PROMPT = [72, 101, 108, 108, 111, 33, 200, 7, 7, 19]
+
+
+def engine_on(comm, path, run, eos=()):
+    with CheckpointReader(path) as reader:
+        model = load_model(reader, shard(reader.config, comm.rank, comm.size), ops, context=run.context)
+        tokenizer = Tokenizer(reader.tokenizer.tokenizer_json, None, None, eos)
+    return Engine(model, tokenizer, Device('cpu', np), ops, comm, run)
+
+
+def generate(path, prompt, params, ranks=1, eos=(), **run):
+    """The finished request on every rank."""
+    def work(comm):
+        engine = engine_on(comm, path, RunConfig(**run), eos)
+        return engine.generate(engine.request(prompt, params))
+    return on_threads(ranks, work)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def check_against_recomputing(request, tensors, config, window=None, atol=1e-4):
+    """Every generated token's log-probability against the whole sequence computed anew in float64."""
+    tokens = request.prompt_tokens + request.tokens
+    exact = log_softmax(tiny.oracle_logits(tensors, config, tokens, window))
+    for i, choice in enumerate(request.choices):
+        row = exact[len(request.prompt_tokens) + i - 1]
+        assert choice.token == request.tokens[i]
+        assert choice.logprob == pytest.approx(row[choice.token], abs=atol)
+        assert row[choice.token] >= row.max() - atol
+        assert [p for _, p in choice.top] == pytest.approx(sorted(row, reverse=True)[:len(choice.top)], abs=atol)
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 5])
+@pytest.mark.parametrize('name', ['nine_heads', 'literal', 'parallel'])
+def test_a_cached_step_equals_recomputing_all(models, name, ranks):
+    path, config, tensors = models[name]
+    results = generate(path, PROMPT, SamplingParams(max_new_tokens=30, logprobs=5), ranks)
+    check_against_recomputing(results[0], tensors, config)
+    assert all(r.tokens == results[0].tokens and r.text == results[0].text for r in results)
+    assert results[0].finish_reason == 'length' and len(results[0].tokens) == 30
+
+
+@pytest.mark.parametrize(('context', 'chunk', 'block', 'length'), [
+    (7, 4, 4, 10), (7, 512, 4, 10), (1, 3, 2, 10), (16, 5, 16, 61), (5, 5, 1, 61), (9, 64, 8, 61)])
+def test_beyond_its_capacity_a_ring_is_a_sliding_window(models, context, chunk, block, length):
+    """Prompts longer than a chunk and longer than the ring, and generation that wraps several times."""
+    path, config, tensors = models['nine_heads']
+    prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
+    params = SamplingParams(max_new_tokens=40, logprobs=3, prompt_logprobs=True)
+    request = generate(path, prompt, params, ranks=2, context=context, chunk=chunk, block=block)[0]
+    check_against_recomputing(request, tensors, config, window=context)
+    exact = log_softmax(tiny.oracle_logits(tensors, config, prompt, context))
+    np.testing.assert_allclose(request.prompt_logprobs, [exact[i, t] for i, t in enumerate(prompt[1:])], atol=1e-4)
+
+
+@pytest.mark.parametrize('chunk', [1, 2, 3, 7, 40, 41, 100])
+def test_any_chunk_size_gives_the_same(models, chunk):
+    path, config, tensors = models['nine_heads']
+    prompt = np.random.default_rng(3).integers(0, 256, 41).tolist()
+    params = SamplingParams(max_new_tokens=5, logprobs=4, prompt_logprobs=True)
+    check_against_recomputing(generate(path, prompt, params, chunk=chunk)[0], tensors, config)
+
+
+def test_a_bfloat16_cache_is_near_and_half_as_large(models):
+    path, config, tensors = models['nine_heads']
+    request = generate(path, PROMPT, SamplingParams(max_new_tokens=20, logprobs=1), ranks=2, kv_dtype='bfloat16')[0]
+    tokens = request.prompt_tokens + request.tokens
+    exact = log_softmax(tiny.oracle_logits(tensors, config, tokens))
+    for i, choice in enumerate(request.choices):
+        assert choice.logprob == pytest.approx(exact[len(PROMPT) + i - 1][choice.token], abs=0.05)
+
+
+def test_scoring_generates_nothing(models):
+    path, config, tensors = models['nine_heads']
+    for ranks in (1, 3):
+        results = generate(path, PROMPT, SamplingParams(max_new_tokens=0, prompt_logprobs=True), ranks, chunk=4)
+        exact = log_softmax(tiny.oracle_logits(tensors, config, PROMPT))
+        np.testing.assert_allclose(results[0].prompt_logprobs, [exact[i, t] for i, t in enumerate(PROMPT[1:])], atol=1e-5)
+        assert (results[0].tokens, results[0].text, results[0].finish_reason) == ([], '', 'length')
+    assert generate(path, [5], SamplingParams(max_new_tokens=0, prompt_logprobs=True))[0].prompt_logprobs == []
+
+
+def test_generation_ends_at_an_end_token_unless_told_to_go_on(models):
+    path = models['nine_heads'][0]
+    free = generate(path, PROMPT, SamplingParams(max_new_tokens=12))[0].tokens
+    end = free[4]
+    first = free.index(end)
+    request = generate(path, PROMPT, SamplingParams(max_new_tokens=12), ranks=2, eos=(end,))[0]
+    assert request.tokens == free[:first + 1] and request.finish_reason == 'stop'
+    assert generate(path, PROMPT, SamplingParams(max_new_tokens=12, ignore_eos=True), eos=(end,))[0].tokens == free
+
+
+def test_all_ranks_stop_when_rank_0_is_told_to(models):
+    path = models['nine_heads'][0]
+
+    def work(comm):
+        engine, pieces = engine_on(comm, path, RunConfig()), []
+        request = engine.request(PROMPT, SamplingParams(max_new_tokens=50))
+        pieces.extend(engine.stream(request, lambda: comm.rank == 0 and len(request.tokens) >= 3))
+        return request
+
+    for request in on_threads(3, work):
+        assert len(request.tokens) == 4 and request.finish_reason == 'cancelled'
+
+
+@pytest.mark.parametrize(('prompt', 'params', 'message'), [
+    ([], {}, 'the prompt is empty'), ([300], {}, 'the prompt holds token 300; the model has tokens 0 to 299'),
+    ([-1], {}, 'token -1'), ([1] * 200, {'max_new_tokens': 57}, 'are 257; the model was trained for 256')])
+def test_a_request_that_cannot_run_is_refused(models, prompt, params, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(models['nine_heads'][0], prompt, SamplingParams(**params))
+
+
+def test_rolling_off_is_said_once(models, caplog):
+    def work(comm):
+        engine = engine_on(comm, models['nine_heads'][0], RunConfig(context=8))
+        for _ in range(2):
+            engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=3)))
+
+    with caplog.at_level(logging.WARNING):
+        on_threads(1, work)
+    assert [r.getMessage() for r in caplog.records] == [
+        'up to 13 tokens on a context of 8: the oldest roll off, attention sees the last 8']
+
+
+@settings(max_examples=300)
+@given(text=st.text('abc', max_size=30), stops=st.lists(st.text('abc', min_size=1, max_size=4), max_size=3), data=st.data())
+def test_stop_texts_cut_exactly_and_nothing_of_them_is_shown_early(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    found = [text.find(s) for s in stops if s in text]
+    # the first stop text to be complete counts, as the stream cannot know what follows
+    ends = [text.find(s) + len(s) for s in stops if s in text]
+    stop_text, shown = StopText(stops), ''
+    for piece in pieces:
+        shown += stop_text.push(piece)
+        assert text.startswith(shown)
+        if stop_text.found:
+            break
+    else:
+        shown += stop_text.flush()
+    if not found:
+        assert shown == text and not stop_text.found
+    else:
+        assert stop_text.found and not any(s in shown for s in stops)
+        assert min(found) <= len(shown) <= min(ends)

@@ -1,0 +1,142 @@
+"""The Python interface: load a model on all ranks, generate, stream.
+
+    import tpmpi
+
+    llm = tpmpi.load('model.h5')
+    result = llm.generate('In the beginning', max_new_tokens=20)
+    if llm.rank == 0:
+        print(result.text)
+
+Run alone, or as `mpirun -n 4 python script.py`: every rank runs the same script, and gets the same tokens and text.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tpmpi import session as sessions
+from tpmpi.config import ConfigError, RunConfig
+
+DEFAULT_NEW_TOKENS = 128
+
+
+def bundled_model() -> Path:
+    """The model that comes with the package."""
+    package = Path(__file__).parent
+    for folder in (package / 'data', package.parent / 'data'):  # installed; in a checkout
+        if (folder / 'kjv.h5').exists():
+            return folder / 'kjv.h5'
+    raise ConfigError('the bundled model kjv.h5 is not installed; give --model FILE')
+
+
+class LLM:
+    """A model, loaded on all ranks.  Every rank calls the same methods with the same arguments."""
+
+    def __init__(self, session, reader_config, tokenizer, engine, device, read_bytes: int):
+        self.session, self.config, self.tokenizer = session, reader_config, tokenizer
+        self.engine, self.device, self.read_bytes = engine, device, read_bytes
+        self.requests = 0
+
+    @property
+    def rank(self) -> int:
+        """This rank's number; rank 0 is the one that should print."""
+        return self.session.comm.rank
+
+    def request(self, prompt: str | Sequence[int] | Sequence[dict], **params):
+        """A checked request.  prompt: text, token ids, or chat messages ({'role', 'content'}).
+
+        params: those of sampling.SamplingParams; without max_new_tokens, 128 or what the model's length leaves.
+        Raises ValueError on all ranks alike.
+        """
+        return self.session.agreed(self._request, prompt, **params)
+
+    def _request(self, prompt, **params):
+        from tpmpi.sampling import SamplingParams
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        elif prompt and isinstance(prompt[0], dict):
+            tokens = self.tokenizer.apply_chat_template(list(prompt))
+        else:
+            tokens = list(prompt)
+        if params.get('max_new_tokens') is None:
+            room = self.config.max_positions - len(tokens)
+            limit = self.engine.run.context is None and room > 0
+            params['max_new_tokens'] = min(DEFAULT_NEW_TOKENS, room) if limit else DEFAULT_NEW_TOKENS
+        request = self.engine.request(tokens, SamplingParams(**params), self.requests)
+        self.requests += 1
+        return request
+
+    def generate(self, prompt, **params):
+        """Run a prompt to its end; the result holds `tokens`, `text`, `finish_reason`, `timing` and more."""
+        return self.engine.generate(self.request(prompt, **params))
+
+    def stream(self, prompt, **params) -> Iterator[str]:
+        """The text of a prompt's continuation, piece by piece.  All ranks must consume it alike."""
+        yield from self.engine.stream(self.request(prompt, **params))
+
+
+def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
+         kv: str = 'float32', chunk: int = 512, block: int = 64, verify: bool = False, session=None, tracing: bool = False):
+    """Load this rank's shard of a model file on every rank.
+
+    context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
+    for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache.  verify: check the file's checksums.
+    Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
+    """
+    if session is None:
+        session = sessions.start(threads)
+        sys.excepthook = _end_all_ranks(session, sys.excepthook)
+        atexit.register(session.watch.close)
+    # imported late: NumPy must find the number of BLAS threads set
+    from tpmpi import device as devices
+    from tpmpi.checkpoint import CheckpointReader
+    from tpmpi.engine import Engine
+    from tpmpi.kernels import reference
+    from tpmpi.model import load_model
+    from tpmpi.sharding import shard
+    from tpmpi.tokenizer import Tokenizer
+
+    def open_all():
+        run = RunConfig(context, chunk, block, kv, device, verify)
+        reader = CheckpointReader(bundled_model() if model is None else Path(model))
+        if context is not None and context > reader.config.max_positions:
+            raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
+        opened = devices.open_device(device, session.local_rank, session.local_size)
+        data = reader.tokenizer
+        tokenizer = Tokenizer(data.tokenizer_json, data.chat_template, data.bos_token_id, data.eos_token_ids)
+        return run, reader, opened, tokenizer
+
+    session.watch.phase = 'load'
+    run, reader, opened, tokenizer = session.agreed(open_all)
+    with reader:
+        comm = session.comm
+        comm.synchronize, comm.staging = opened.synchronize, opened.staging
+        part = shard(reader.config, comm.rank, comm.size)
+        weights = session.agreed(load_model, reader, part, reference, context, verify, opened.xp)
+    ops, tracer = reference, None
+    if tracing:
+        from tpmpi.trace import Tracer
+        tracer = Tracer(reference, comm, opened.synchronize)
+        ops, comm = tracer.ops, tracer.comm
+
+    def on_phase(phase: str):
+        session.watch.phase = phase
+        if tracer is not None:
+            tracer.phase = phase
+
+    engine = Engine(weights, tokenizer, opened, ops, comm, run, on_phase)
+    llm = LLM(session, reader.config, tokenizer, engine, opened, weights.nbytes)
+    llm.tracer = tracer
+    return llm
+
+
+def _end_all_ranks(session, before):
+    """An uncaught exception on one rank of a script must not leave the others waiting."""
+    def hook(kind, error, traceback):
+        before(kind, error, traceback)
+        if session.comm.size > 1:
+            session.watch.failed(error)
+    return hook

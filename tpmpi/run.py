@@ -1,0 +1,189 @@
+"""Generate text from one prompt:  mpirun -n 2 python -m tpmpi.run --model model.h5 --prompt 'In the beginning'
+
+Text goes to standard output as it is made; everything else goes to standard error, from rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tpmpi import api, session
+from tpmpi.comm import Communicator
+
+DEMO_PROMPT = 'In the beginning'
+log = logging.getLogger('tpmpi')
+
+
+class PrintVersion(argparse.Action):
+    """--version: what a bug report needs."""
+
+    def __call__(self, parser, *_):
+        from tpmpi.versions import report
+        print(report())
+        parser.exit()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of a run.  Raises SystemExit, as argparse does, for an unknown one or a value that is no number."""
+    p = argparse.ArgumentParser('python -m tpmpi.run', description=__doc__.partition('\n')[0])
+    p.add_argument('--model', metavar='FILE', help='model file made by tpmpi.convert (default: the bundled one)')
+    text = p.add_mutually_exclusive_group()
+    text.add_argument('--prompt', metavar='TEXT', help=f'default: {DEMO_PROMPT!r}')
+    text.add_argument('--prompt-file', metavar='FILE', help='one prompt, UTF-8; - reads standard input')
+    p.add_argument('--chat', action='store_true', help="the prompt is a user's message, put in the model's chat template")
+    p.add_argument('--system', metavar='TEXT', help='system message, with --chat')
+    p.add_argument('--max-new-tokens', type=int, metavar='N', help=f'default: {api.DEFAULT_NEW_TOKENS}, or what fits; '
+                   '0 only scores the prompt')
+    p.add_argument('--temperature', type=float, default=0.0, help='0, the default, takes the most probable token')
+    p.add_argument('--top-k', type=int, default=0, metavar='K', help='sample from the K best tokens; 0: from all')
+    p.add_argument('--top-p', type=float, default=1.0, metavar='P', help='sample from the best tokens that hold P of the mass')
+    p.add_argument('--min-p', type=float, default=0.0, metavar='P', help="sample from tokens with P of the best one's probability")
+    p.add_argument('--repetition-penalty', type=float, default=1.0, metavar='X', help='above 1: avoid tokens seen before')
+    p.add_argument('--seed', type=int, default=0, help='the same seed gives the same text')
+    p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be repeated')
+    p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
+    p.add_argument('--kv', default='float32', choices=('float32', 'bfloat16'), help='element type of the KV cache')
+    p.add_argument('--chunk', type=int, default=512, metavar='N', help='prompt tokens computed at once')
+    p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
+    p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
+    p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
+    p.add_argument('--json', action='store_true', help='one JSON object instead of text')
+    p.add_argument('--logprobs', type=int, default=0, metavar='K', help='with --json: the K best tokens of each step')
+    p.add_argument('--prompt-logprobs', action='store_true', help='with --json: log-probability of each prompt token')
+    p.add_argument('--trace', action='store_true', help='print the diagram with shapes, times and bytes of every rank')
+    p.add_argument('--version', action=PrintVersion, nargs=0, help='versions and facts for a bug report')
+    options = p.parse_args(argv)
+    if options.threads is not None and options.threads < 1:
+        p.error(f'--threads is {options.threads}; expected at least 1')
+    if options.system is not None and not options.chat:
+        p.error('--system needs --chat')
+    if (options.logprobs or options.prompt_logprobs) and not options.json:
+        p.error('--logprobs and --prompt-logprobs need --json')
+    return options
+
+
+def read_prompt(options: argparse.Namespace, comm: Communicator) -> str:
+    """The prompt's text, read on rank 0 and shared.  Raises ValueError, on rank 0 only, when it is not UTF-8 or empty."""
+    if comm.rank:
+        return ''
+    if options.prompt_file is None:
+        prompt, name = DEMO_PROMPT if options.prompt is None else options.prompt, '--prompt'
+        data = os.fsencode(prompt)
+    else:
+        name = '--prompt-file ' + options.prompt_file
+        try:
+            data = sys.stdin.buffer.read() if options.prompt_file == '-' else Path(options.prompt_file).read_bytes()
+        except OSError as e:
+            raise ValueError(f'{name}: {e.strerror}') from e
+    try:
+        prompt = data.decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{name}: not UTF-8 at byte {e.start}; convert the text to UTF-8') from e
+    if not prompt:
+        raise ValueError(f'{name}: the prompt is empty; expected some text')
+    return prompt
+
+
+class Output:
+    """Standard output as UTF-8 bytes.  When the reader has gone away it notes that, and stays silent."""
+
+    def __init__(self):
+        self.closed = False
+
+    def write(self, text: str) -> None:
+        """Write and flush, so that a reader sees each piece as it is made."""
+        if self.closed:
+            return
+        try:
+            sys.stdout.buffer.write(text.encode('utf-8', 'replace'))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            self.closed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit either
+
+
+def timing_of(request, llm: api.LLM) -> dict:
+    """Rates and traffic of a request; a collective call, since the weights read are those of all ranks."""
+    weights = sum(llm.session.comm.exchange(llm.engine.model.bytes_per_token))
+    t = request.timing
+
+    def per(amount, whole):
+        return round(amount / whole, 6) if whole else None
+
+    return {
+        'prefill_tokens': t.prefill_tokens, 'prefill_seconds': round(t.prefill_seconds, 6),
+        'prefill_tokens_per_s': per(t.prefill_tokens, t.prefill_seconds),
+        'decode_tokens': t.decode_tokens, 'decode_seconds': round(t.decode_seconds, 6),
+        'decode_tokens_per_s': per(t.decode_tokens, t.decode_seconds),
+        'weights_gb_per_s': per(weights * t.decode_tokens / 1e9, t.decode_seconds),
+        'allreduce_ms_per_token': per(1e3 * t.all_reduce_seconds, t.decode_tokens),
+        'allreduce_bytes_per_token': per(t.all_reduce_bytes, t.decode_tokens),
+        'ranks': llm.session.comm.size, 'threads': llm.session.threads}
+
+
+def result_of(request, prompt: str, timing: dict) -> dict:
+    """A request as the object that --json prints."""
+    result = {'prompt': prompt, 'prompt_tokens': request.prompt_tokens, 'tokens': request.tokens, 'text': request.text,
+              'finish_reason': request.finish_reason}
+    if request.params.logprobs:
+        result['logprobs'] = [{'token': c.token, 'logprob': c.logprob, 'top': c.top} for c in request.choices]
+    if request.params.prompt_logprobs:
+        result['prompt_logprobs'] = request.prompt_logprobs
+    return result | {'timing': timing}
+
+
+def closing_line(timing: dict) -> str:
+    """The last line of a successful run."""
+    def number(key, digits=1):
+        return '-' if timing[key] is None else f'{timing[key]:,.{digits}f}'
+
+    return (f'prefill {timing["prefill_tokens"]} tokens at {number("prefill_tokens_per_s")} tokens/s, '
+            f'decode {timing["decode_tokens"]} at {number("decode_tokens_per_s")} tokens/s, '
+            f'weights read at {number("weights_gb_per_s")} GB/s, '
+            f'all-reduce {number("allreduce_ms_per_token", 3)} ms and {number("allreduce_bytes_per_token", 0)} bytes per token')
+
+
+def body(s: session.Session, options: argparse.Namespace) -> int:
+    """Load, generate, print; the same on every rank but for the printing."""
+    prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
+    llm = api.load(options.model, context=options.context, device=options.device, kv=options.kv, chunk=options.chunk,
+                   verify=options.verify, session=s, tracing=options.trace)
+    first, config = s.comm.rank == 0, llm.config
+    log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',
+             options.model or 'bundled model', config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
+             s.comm.size, 's' * (s.comm.size > 1), s.threads, 's' * (s.threads > 1), s.local_size, llm.device.name)
+    system = [] if options.system is None else [{'role': 'system', 'content': options.system}]
+    request = llm.request(
+        [*system, {'role': 'user', 'content': prompt}] if options.chat else prompt,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=options.seed, stop=tuple(options.stop),
+        logprobs=options.logprobs, prompt_logprobs=options.prompt_logprobs)
+    output = Output()
+    for piece in llm.engine.stream(request, lambda: output.closed):
+        if first and not options.json:
+            output.write(piece)
+    timing = timing_of(request, llm)
+    if first:
+        output.write(json.dumps(result_of(request, prompt, timing), ensure_ascii=False) + '\n' if options.json else '\n')
+    if llm.tracer is not None:
+        from tpmpi.trace import summary, table
+        parts, hosts = s.comm.exchange(summary(llm.tracer)), s.comm.exchange(s.host)
+        if first:
+            print(table(parts, hosts), file=sys.stderr)
+    if not output.closed:
+        log.info(closing_line(timing))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns this rank's exit code."""
+    return session.command(body, parse, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
