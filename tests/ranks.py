@@ -40,7 +40,7 @@ def command(size: int, *arguments) -> list[str]:
     """The command line that runs Python on `size` ranks."""
     launcher = mpirun()
     extra = ['--oversubscribe'] if 'Open MPI' in _version(launcher) else []
-    return [launcher, '-n', str(size), *extra, sys.executable, *map(str, arguments)]
+    return [launcher, '-n', str(size), *extra, sys.executable, *(a if isinstance(a, bytes) else str(a) for a in arguments)]
 
 
 def _version(launcher: str, _cache: dict = {}) -> str:  # noqa: B006  one look per session

@@ -38,7 +38,8 @@ def test_ffn_blocks_are_128_columns_or_64_where_there_would_be_few(ffn, block):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'context': 0}, 'context is 0'), ({'chunk': 0}, 'chunk is 0'), ({'kv_dtype': 'int8'}, 'kv_dtype'), ({'device': 'tpu'}, 'device')])
+    ({'context': 0}, 'context is 0'), ({'chunk': 0}, 'chunk is 0'), ({'kv_dtype': 'int8'}, 'kv_dtype'),
+    ({'device': 'tpu'}, 'device')])
 def test_a_run_s_choices_are_checked(options, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig(**options)

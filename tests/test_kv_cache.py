@@ -17,7 +17,8 @@ def runs(draw):
     """A table of blocks, a window that it can serve, and the lengths of the chunks that a request comes in."""
     block, count = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     first = draw(st.integers(0, 3))
-    table = draw(st.one_of(st.just(list(range(first, first + count))), st.permutations(range(count + 2)).map(lambda p: p[:count])))
+    scattered = st.permutations(range(count + 2)).map(lambda p: p[:count])
+    table = draw(st.one_of(st.just(list(range(first, first + count))), scattered))
     capacity = block * count
     chunk = draw(st.integers(1, capacity))
     window = draw(st.integers(1, capacity - chunk + 1))

@@ -54,7 +54,8 @@ def configs(draw):
 
 
 @settings(max_examples=25, deadline=None)
-@given(config=configs(), size=st.integers(1, 17), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 9))
+@given(config=configs(), size=st.integers(1, 17), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+       seed=st.integers(0, 9))
 def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size, lengths, seed):
     """Ranks are threads here; two requests share each step and the pool, in blocks of 3."""
     path = tmp_path_factory.mktemp('any') / 'model.h5'

@@ -79,7 +79,8 @@ def test_the_choice_is_the_gumbel_argmax_of_what_the_filters_leave(logits, ranks
 
 
 @pytest.mark.parametrize('params', [
-    {'temperature': 1.0}, {'temperature': 0.7, 'top_k': 5}, {'temperature': 1.3, 'top_p': 0.8}, {'temperature': 1.0, 'min_p': 0.1}])
+    {'temperature': 1.0}, {'temperature': 0.7, 'top_k': 5}, {'temperature': 1.3, 'top_p': 0.8},
+    {'temperature': 1.0, 'min_p': 0.1}])
 def test_frequencies_are_the_distribution(params):
     """2,000 draws on 3 ranks; the chi-squared statistic stays under its 1e-6 quantile."""
     logits = np.random.default_rng(2).normal(0, 1.5, 24).astype(np.float32)
@@ -102,8 +103,9 @@ def test_frequencies_are_the_distribution(params):
     assert chi2 < freedom + 7 * math.sqrt(2 * freedom) + 20
 
 
-@pytest.mark.parametrize('params', [{}, {'temperature': 1.0}, {'temperature': 1.0, 'top_k': 40}, {'temperature': 2.0, 'top_p': 0.99},
-                                    {'temperature': 3.0, 'min_p': 0.001}, {'repetition_penalty': 1.5}])
+@pytest.mark.parametrize('params', [
+    {}, {'temperature': 1.0}, {'temperature': 1.0, 'top_k': 40}, {'temperature': 2.0, 'top_p': 0.99},
+    {'temperature': 3.0, 'min_p': 0.001}, {'repetition_penalty': 1.5}])
 def test_any_number_of_ranks_chooses_the_same(params):
     """A flat distribution over 5,000 ids, so that the nucleus needs several rounds of candidates."""
     logits = np.random.default_rng(0).normal(0, 1, 5000).astype(np.float32)
@@ -137,10 +139,12 @@ def test_the_prompt_s_log_probabilities():
     logits = np.random.default_rng(1).normal(0, 3, (6, 30)).astype(np.float32)
     targets = np.array([0, 29, 7, 7, 15, 3])
     exact = logits[range(6), targets] - np.log(np.exp(logits.astype(np.float64)).sum(1))
+
+    def work(comm):
+        vocab = vocab_of(30, comm.size, comm.rank)
+        return token_logprobs(logits[:, vocab.start:vocab.stop], vocab, targets, ops, comm)
+
     for ranks in (1, 2, 9):
-        def work(comm):
-            vocab = vocab_of(30, ranks, comm.rank)
-            return token_logprobs(logits[:, vocab.start:vocab.stop], vocab, targets, ops, comm)
         np.testing.assert_allclose(on_threads(ranks, work)[0], exact, atol=1e-5)
 
 

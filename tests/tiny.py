@@ -48,15 +48,38 @@ def byte_tokenizer(vocab_size: int = 300) -> str:
     return text
 
 
+def write_reciter(path, text: str) -> None:
+    """A model that recites: after each byte of `text`, all different, the most probable token is the next, then the end."""
+    ids = byte_ids(text)
+    assert len(set(ids)) == len(ids)
+    config = ModelConfig(vocab_size=300, hidden_size=64, num_layers=1, num_heads=3, num_kv_heads=1, head_dim=8, ffn_size=64,
+                         max_positions=256, norm='none')
+    tensors = {name: np.zeros(spec.shape, np.float32) for name, spec in tensor_specs(config).items()}
+    tensors['embedding'] = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
+    for token, following in zip(ids, [*ids[1:], 256], strict=True):
+        tensors['head'][following] = tensors['embedding'][token]
+    kinds = dict.fromkeys(tensors, 'float32')
+    with CheckpointWriter(path, config, kinds, TokenizerData(byte_tokenizer(), None, None, (256,)), {}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def byte_ids(text: str) -> list[int]:
+    """The ids that byte_tokenizer gives to a text."""
+    from tokenizers import Tokenizer
+    return Tokenizer.from_str(byte_tokenizer()).encode(text).ids
+
+
 def write_model(path, config: ModelConfig, kind: str = 'float32', seed: int = 0, eos=(256,)) -> dict[str, np.ndarray]:
     """Write a random model file; returns the whole tensors that it holds, as float32."""
     tensors = random_tensors(config, seed)
-    with CheckpointWriter(path, config, TokenizerData(byte_tokenizer(), None, None, eos), {'source': 'random'}) as writer:
+    kinds = {name: kind if tensor.ndim == 2 else 'float32' for name, tensor in tensors.items()}
+    tokenizer = TokenizerData(byte_tokenizer(), None, None, eos)
+    with CheckpointWriter(path, config, kinds, tokenizer, {'source': 'random'}) as writer:
         for name, tensor in tensors.items():
-            stored_as = kind if tensor.ndim == 2 else 'float32'
-            stored = encode(tensor, stored_as)
-            writer.write(name, stored, stored_as)
-            tensors[name] = decode(stored, stored_as)
+            stored = encode(tensor, kinds[name])
+            writer.write(name, stored)
+            tensors[name] = decode(stored, kinds[name])
     return tensors
 
 

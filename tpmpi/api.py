@@ -35,9 +35,9 @@ def bundled_model() -> Path:
 class LLM:
     """A model, loaded on all ranks.  Every rank calls the same methods with the same arguments."""
 
-    def __init__(self, session, reader_config, tokenizer, engine, device, read_bytes: int):
-        self.session, self.config, self.tokenizer = session, reader_config, tokenizer
-        self.engine, self.device, self.read_bytes = engine, device, read_bytes
+    def __init__(self, session, engine, tracer=None):
+        self.session, self.engine, self.tracer = session, engine, tracer
+        self.config, self.tokenizer = engine.model.config, engine.tokenizer
         self.requests = 0
 
     @property
@@ -79,7 +79,8 @@ class LLM:
 
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
-         kv: str = 'float32', chunk: int = 512, block: int = 64, verify: bool = False, session=None, tracing: bool = False):
+         kv: str = 'float32', chunk: int = 512, block: int = 64, verify: bool = False, session=None,
+         tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
@@ -111,6 +112,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
 
     session.watch.phase = 'load'
     run, reader, opened, tokenizer = session.agreed(open_all)
+    session.agreed(devices.check_one_rank_per_gpu, session.comm.exchange_on_node(opened.identity)[1])
+    session.agreed(_check_same_model, session.comm.exchange((reader.config, reader.length)))
     with reader:
         comm = session.comm
         comm.synchronize, comm.staging = opened.synchronize, opened.staging
@@ -127,10 +130,15 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         if tracer is not None:
             tracer.phase = phase
 
-    engine = Engine(weights, tokenizer, opened, ops, comm, run, on_phase)
-    llm = LLM(session, reader.config, tokenizer, engine, opened, weights.nbytes)
-    llm.tracer = tracer
-    return llm
+    return LLM(session, Engine(weights, tokenizer, opened, ops, comm, run, on_phase), tracer)
+
+
+def _check_same_model(seen: list) -> None:
+    """Raises ConfigError when ranks opened different files under one name, as node-local copies may be."""
+    for rank, facts in enumerate(seen):
+        if facts != seen[0]:
+            raise ConfigError(f'rank {rank} found another model file under this name than rank 0; '
+                              f'copy the same file to all nodes')
 
 
 def _end_all_ranks(session, before):

@@ -67,20 +67,30 @@ class TokenizerData:
 class CheckpointWriter:
     """Writes a model file tensor by tensor under a temporary name; it gets its own name when it is whole.
 
-        with CheckpointWriter(path, config, tokenizer, provenance) as writer:
-            writer.write('embedding', array, 'bfloat16')
+        with CheckpointWriter(path, config, kinds, tokenizer, provenance) as writer:
+            writer.write('embedding', array)
 
+    kinds: how each tensor is stored.  HDF5 lays out the file first, with all metadata; the tensors' bytes then go
+    straight to their places, because HDF5 does not survive a disk that fills up under its caches.
     Leaving the block with an error, or with a tensor missing, removes the temporary file.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str]):
-        self.path = Path(path)
-        self.specs = tensor_specs(config)
+    def __init__(self, path: Path, config: ModelConfig, kinds: Mapping[str, str], tokenizer: TokenizerData,
+                 provenance: Mapping[str, str]):
+        self.path, self.kinds, self.specs = Path(path), kinds, tensor_specs(config)
+        self.checksums: dict[str, np.ndarray] = {}
         self.temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
         try:
             self.file = h5py.File(self.temporary, 'x')
+            with self.file:
+                self._lay_out(config, tokenizer, provenance)
+                self.offsets = {name: self.file[name].id.get_offset() for name in self.specs}
+            self.descriptor = os.open(self.temporary, os.O_RDWR)
         except OSError as e:
+            self.temporary.unlink(missing_ok=True)
             raise CheckpointError(f'{self.path}: cannot be written ({_reason(e)})') from e
+
+    def _lay_out(self, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str]):
         self.file.attrs.update({'format': FORMAT, 'format_version': FORMAT_VERSION})
         for key, value in provenance.items():
             self.file.attrs[f'provenance_{key}'] = value
@@ -88,25 +98,19 @@ class CheckpointWriter:
         for field in fields(config):
             value = getattr(config, field.name)
             facts.attrs[field.name] = 'none' if value is None else value
-        self._write_tokenizer(tokenizer)
-
-    def _write_tokenizer(self, tokenizer: TokenizerData):
-        group = self.file.create_group('tokenizer')
+        texts = self.file.create_group('tokenizer')
         for name, text in (('tokenizer.json', tokenizer.tokenizer_json), ('chat_template', tokenizer.chat_template)):
             if text is not None:
-                group.create_dataset(name, data=np.frombuffer(text.encode(), np.uint8))
-                group[name].attrs['encoding'] = 'the bytes of a UTF-8 text'
+                texts.create_dataset(name, data=np.frombuffer(text.encode(), np.uint8))
+                texts[name].attrs['encoding'] = 'the bytes of a UTF-8 text'
         if tokenizer.bos_token_id is not None:
-            group.attrs['bos_token_id'] = tokenizer.bos_token_id
-        group.attrs['eos_token_ids'] = np.array(tokenizer.eos_token_ids, np.int64)
+            texts.attrs['bos_token_id'] = tokenizer.bos_token_id
+        texts.attrs['eos_token_ids'] = np.array(tokenizer.eos_token_ids, np.int64)
+        for spec in self.specs.values():
+            self._create_tensor(spec, self.kinds[spec.name])
 
-    def write(self, name: str, data: np.ndarray, kind: str):
-        """Write one whole tensor.  data: as stored (see TensorSpec.shape), float32 or the bits of bfloat16."""
-        spec = self.specs[name]
-        if data.shape != spec.shape or data.dtype != STORAGE[kind]:
-            raise CheckpointError(f'tensor {name} is {data.shape} {data.dtype}; '
-                                  f'expected {spec.shape} {STORAGE[kind]} for {kind}')
-        data = np.ascontiguousarray(data)
+    def _create_tensor(self, spec: TensorSpec, kind: str):
+        """An empty contiguous dataset whose place in the file is known at once, with its attributes."""
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_layout(h5py.h5d.CONTIGUOUS)
         plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -114,26 +118,52 @@ class CheckpointWriter:
         links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         links.set_create_intermediate_group(True)
         space = h5py.h5s.create_simple(spec.shape)
-        dataset = h5py.h5d.create(self.file.id, name.encode(), FILE_TYPES[kind], space, plist, links)
-        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, data, mtype=FILE_TYPES[kind])
-        self.file[name].attrs.update({
+        h5py.h5d.create(self.file.id, spec.name.encode(), FILE_TYPES[kind], space, plist, links)
+        self.file[spec.name].attrs.update({
             'kind': kind, 'diagram': spec.letter, 'axes': spec.axes, 'sharded_by': spec.sharded,
-            'transposed': spec.transposed, 'crc32': _crc32_blocks(data, spec.unit), 'crc32_rows': spec.unit})
+            'transposed': spec.transposed, 'crc32': np.zeros(-(-spec.shape[0] // spec.unit), np.uint32),
+            'crc32_rows': spec.unit})
+
+    def write(self, name: str, data: np.ndarray):
+        """Write one whole tensor.  data: as stored (see TensorSpec.shape), float32 or the bits of bfloat16."""
+        spec, kind = self.specs[name], self.kinds[name]
+        if data.shape != spec.shape or data.dtype != STORAGE[kind]:
+            raise CheckpointError(f'tensor {name} is {data.shape} {data.dtype}; '
+                                  f'expected {spec.shape} {STORAGE[kind]} for {kind}')
+        data = np.ascontiguousarray(data)
+        view, at = memoryview(data).cast('B'), self.offsets[name]
+        while view:
+            try:
+                written = os.pwrite(self.descriptor, view, at)
+            except OSError as e:
+                raise CheckpointError(f'{self.path}: {e.strerror} while writing tensor {name}; nothing was left behind') from e
+            view, at = view[written:], at + written
+        self.checksums[name] = _crc32_blocks(data, spec.unit)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        missing = [n for n in self.specs if n not in self.file] if kind is None else []
-        if kind is not None or missing:
-            self.file.close()
+        missing = [n for n in self.specs if n not in self.checksums]
+        try:
+            if kind is None and missing:
+                raise CheckpointError(
+                    f'{self.path}: not written, {len(missing)} tensors are missing, first {missing[0]}')
+            if kind is None:
+                self._finish()
+        except OSError as e:
+            raise CheckpointError(f'{self.path}: {_reason(e)} while writing; nothing was left behind') from e
+        finally:
+            os.close(self.descriptor)
             self.temporary.unlink(missing_ok=True)
-            if missing:
-                raise CheckpointError(f'{self.path}: not written, {len(missing)} tensors are missing, first {missing[0]}')
-            return
-        self.file.close()
-        with open(self.temporary, 'rb') as f:
-            os.fsync(f.fileno())
+
+    def _finish(self):
+        """Put the checksums in their places, wait for the disk, and give the file its name."""
+        os.fsync(self.descriptor)
+        with h5py.File(self.temporary, 'r+') as file:
+            for name, checksums in self.checksums.items():
+                file[name].attrs.modify('crc32', checksums)
+        os.fsync(self.descriptor)
         os.replace(self.temporary, self.path)
         directory = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -175,8 +205,13 @@ class CheckpointReader:
                                   f'python -m tpmpi.convert') from e
         if not h5py.is_hdf5(self.path):
             raise CheckpointError(f'{self.path}: not an HDF5 file; make a model file with python -m tpmpi.convert')
-        try:  # without locks, which fail on many parallel file systems; nothing is ever written
-            self.file = h5py.File(self.path, 'r', locking=False)
+        access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+        access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+        if hasattr(access, 'set_file_locking'):  # HDF5 1.10.7 or newer
+            access.set_file_locking(False, True)  # locks fail on many parallel file systems, and nothing is ever written
+        access.set_sieve_buf_size(0)  # it would read neighbouring rows too; a rank reads its own bytes only
+        try:
+            self.file = h5py.File(h5py.h5f.open(os.fsencode(self.path), h5py.h5f.ACC_RDONLY, access))
         except OSError as e:
             raise CheckpointError(f'{self.path}: damaged or cut short ({_reason(e)}); copy or convert it again') from e
 

@@ -22,7 +22,7 @@ class Traffic:
     seconds: float = 0.0
 
 
-class GroupError(RuntimeError):
+class GroupError(ValueError):
     """An error of some rank, known to all ranks of the group, so that every one ends the same way."""
 
     def __init__(self, rank: int, message: str):

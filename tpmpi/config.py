@@ -82,7 +82,8 @@ class ModelConfig:
             raise ConfigError(f'model configuration: rope_theta is {self.rope_theta!r}; expected a number above 1, or none')
         if self.rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f'model configuration: head_dim is {self.head_dim}; RoPE turns pairs and needs an even number')
-        if not isinstance(self.window, (int, type(None))) or self.window is not None and not 1 <= self.window <= LIMITS['max_positions']:
+        positions = range(1, LIMITS['max_positions'] + 1)
+        if self.window is not None and not (isinstance(self.window, int) and self.window in positions):
             raise ConfigError(f'model configuration: window is {self.window!r}; expected at least 1 position, or none')
 
     @property

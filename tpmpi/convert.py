@@ -7,7 +7,6 @@ serves any number of ranks.
 from __future__ import annotations
 
 import argparse
-import errno
 import shutil
 import sys
 from collections.abc import Iterable
@@ -64,14 +63,9 @@ def convert(source: Path, out: Path, weights: str | None = None) -> int:
         raise CheckpointError(f'{out}: {total:,} bytes are needed and {free:,} are free on that file system')
     tokenizer = TokenizerData(checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.bos_token_id,
                               checkpoint.eos_token_ids)
-    with CheckpointWriter(out, checkpoint.config, tokenizer, checkpoint.provenance) as writer:
+    with CheckpointWriter(out, checkpoint.config, chosen, tokenizer, checkpoint.provenance) as writer:
         for name, kind in progress(chosen.items(), len(chosen)):
-            try:
-                writer.write(name, stored(specs[name], checkpoint.tensors[name], kind), kind)
-            except OSError as e:
-                full = e.errno == errno.ENOSPC or 'No space left' in str(e)
-                raise CheckpointError(f'{out}: {"the disk is full" if full else "writing failed"} at tensor {name}; '
-                                      f'nothing was left behind') from e
+            writer.write(name, stored(specs[name], checkpoint.tensors[name], kind))
     return total
 
 

@@ -23,6 +23,7 @@ class Device:
 
     name: str
     xp: Any
+    identity: str | None = None  # of a GPU, the same for two ranks that see one card under different numbers
     synchronize: Callable[[], None] | None = None
     staging: Any = None
 
@@ -83,17 +84,19 @@ def _open_cuda(local_rank: int, local_size: int) -> Device:
         raise DeviceError(f'device cuda: no usable GPU ({" ".join(str(e).split())}); check nvidia-smi, or use cpu') from e
     if count == 0:
         raise DeviceError('device cuda: the driver shows no GPU; check CUDA_VISIBLE_DEVICES, or use --device cpu')
-    if count < local_size and count > 1 or count == 1 and local_size > 1 and not _one_device_per_rank():
-        raise DeviceError(f'device cuda: {local_size} ranks on this node and {count} GPU{"s" if count > 1 else ""}; '
-                          f'start one rank per GPU')
+    if 1 < count < local_size:
+        raise DeviceError(f'device cuda: {local_size} ranks on this node and {count} GPUs; start one rank per GPU')
     index = local_rank % count
     cupy.cuda.Device(index).use()
     name = cupy.cuda.runtime.getDeviceProperties(index)['name'].decode()
     stream = cupy.cuda.get_current_stream()
-    return Device(f'cuda:{index} {name}', cupy, stream.synchronize, HostStaging(cupy))
+    identity = cupy.cuda.runtime.deviceGetPCIBusId(index)
+    return Device(f'cuda:{index} {name}', cupy, identity, stream.synchronize, HostStaging(cupy))
 
 
-def _one_device_per_rank() -> bool:
-    """The launcher shows each rank a GPU of its own (CUDA_VISIBLE_DEVICES narrowed by Slurm)."""
-    import os
-    return 'SLURM_STEP_GPUS' in os.environ or 'CUDA_VISIBLE_DEVICES' in os.environ
+def check_one_rank_per_gpu(identities: list[str | None]) -> None:
+    """Raises DeviceError when two ranks of this node opened the same GPU.  identities: of all ranks on the node."""
+    shared = {i for i in identities if i is not None and identities.count(i) > 1}
+    if shared:
+        raise DeviceError(f'device cuda: {len(identities)} ranks on this node share GPU {sorted(shared)[0]}; '
+                          f'start one rank per GPU')

@@ -43,6 +43,7 @@ class ModelShard:
     layers: tuple[LayerShard, ...]
     final_norm: Any
     head: Weight  # the embedding itself where they are tied
+    query_groups: tuple[range, ...]  # for each KV head held here, the query heads of this rank that read it
     window: int | None  # how far attention looks back: the model's window, or a shorter one that the run chose
 
     @property
@@ -79,54 +80,53 @@ def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
     x = ops.embed(step.tokens, model.embedding, model.shard.vocab)  # [tokens, hidden], zeros where others own the token
     comm.all_reduce(x)  # the vocabulary-parallel embedding, whole
     rope = ops.rope_table(step.positions, config.head_dim, config.rope_theta) if config.rope_theta else None
-    groups = model.shard.query_groups(config)
     block = parallel_layer if config.parallel_block else decoder_layer
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x = block(x, layer, layer_cache, step, rope, groups, model, ops, comm)
+        x = block(x, layer, layer_cache, step, rope, model, ops, comm)
     return norm(x, model.final_norm, config, ops)
 
 
-def decoder_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, groups, model: ModelShard, ops, comm):
+def decoder_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
     """One transformer layer on this rank's shard.  x: [tokens, hidden], the same on every rank, before and after."""
     config = model.config
-    a = norm(x, layer.attn_norm, config, ops)                                             # A  [tokens, hidden]
-    c = attention(a, layer, cache, step, rope, groups, model, ops)                        # C, this rank's part
-    comm.all_reduce(c)                                                                    # C, whole
+    a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
+    c = attention(a, layer, cache, step, rope, model, ops)  # C, this rank's part
+    comm.all_reduce(c)  # C, whole
     x = x + c if config.residual else c
-    a = norm(x, layer.mlp_norm, config, ops)                                              # [tokens, hidden]
-    e = mlp(a, layer, config, ops)                                                        # E, this rank's part
-    comm.all_reduce(e)                                                                    # E, whole
+    a = norm(x, layer.mlp_norm, config, ops)  # [tokens, hidden]
+    e = mlp(a, layer, config, ops)  # E, this rank's part
+    comm.all_reduce(e)  # E, whole
     return x + e if config.residual else e
 
 
-def parallel_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, groups, model: ModelShard, ops, comm):
+def parallel_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
     """A layer whose attention and MLP read the same A: C and E are summed first, and one all-reduce serves both."""
     config = model.config
-    a = norm(x, layer.attn_norm, config, ops)                                             # A  [tokens, hidden]
-    c = attention(a, layer, cache, step, rope, groups, model, ops)                        # C, this rank's part
-    e = mlp(a, layer, config, ops)                                                        # E, this rank's part
+    a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
+    c = attention(a, layer, cache, step, rope, model, ops)  # C, this rank's part
+    e = mlp(a, layer, config, ops)  # E, this rank's part
     c += e
-    comm.all_reduce(c)                                                                    # C + E, whole
+    comm.all_reduce(c)  # C + E, whole
     return x + c if config.residual else c
 
 
-def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, groups, model: ModelShard, ops):
+def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops):
     """This rank's heads.  [tokens, hidden] -> [tokens, hidden], a part of the sum C."""
     heads, head_dim = len(model.shard.heads), model.config.head_dim
-    qkv = ops.linear(a, layer.qkv)                                                        # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
-    q = ops.rope_append(qkv, heads, head_dim, rope, cache, step.slots)                    # Q turned; K, V into the ring
-    b = ops.attend(q, cache, groups, step.segments, model.window)                         # B  [tokens, heads/n * head_dim]
-    return ops.linear(b, layer.attn_out)                                                  # C, partial
+    qkv = ops.linear(a, layer.qkv)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
+    q = ops.rope_append(qkv, heads, head_dim, rope, cache, step.slots)  # Q turned; K, V into the ring
+    b = ops.attend(q, cache, model.query_groups, step.segments, model.window)  # B  [tokens, heads/n * head_dim]
+    return ops.linear(b, layer.attn_out)  # C, partial
 
 
 def mlp(a, layer: LayerShard, config: ModelConfig, ops):
     """This rank's ffn columns.  [tokens, hidden] -> [tokens, hidden], a part of the sum E."""
-    d = ops.linear(a, layer.up)                                                           # through W^C
+    d = ops.linear(a, layer.up)  # through W^C
     if config.gated:
-        d = ops.gated_activation(d, config.activation)                                    # D  [tokens, ffn/n]
+        d = ops.gated_activation(d, config.activation)  # D  [tokens, ffn/n]
     else:
-        d = ops.activate(d, config.activation)                                            # D  [tokens, ffn/n]
-    return ops.linear(d, layer.down)                                                      # E, partial
+        d = ops.activate(d, config.activation)  # D  [tokens, ffn/n]
+    return ops.linear(d, layer.down)  # E, partial
 
 
 def norm(x, gain, config: ModelConfig, ops):
@@ -187,4 +187,5 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
         layers.append(LayerShard(gain(at + 'attn_norm'), matrix(at + 'q', at + 'k', at + 'v'), matrix(at + 'attn_out'),
                                  gain(at + 'mlp_norm'), matrix(*up), matrix(at + 'down')))
     windows = [w for w in (config.window, context) if w is not None]
-    return ModelShard(config, shard, embedding, tuple(layers), gain('final_norm'), head, min(windows, default=None))
+    return ModelShard(config, shard, embedding, tuple(layers), gain('final_norm'), head,
+                      shard.query_groups(config), min(windows, default=None))

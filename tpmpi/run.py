@@ -30,7 +30,7 @@ class PrintVersion(argparse.Action):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options of a run.  Raises SystemExit, as argparse does, for an unknown one or a value that is no number."""
-    p = argparse.ArgumentParser('python -m tpmpi.run', description=__doc__.partition('\n')[0])
+    p = session.ArgumentParser('python -m tpmpi.run', description=__doc__.partition('\n')[0])
     p.add_argument('--model', metavar='FILE', help='model file made by tpmpi.convert (default: the bundled one)')
     text = p.add_mutually_exclusive_group()
     text.add_argument('--prompt', metavar='TEXT', help=f'default: {DEMO_PROMPT!r}')
@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--temperature', type=float, default=0.0, help='0, the default, takes the most probable token')
     p.add_argument('--top-k', type=int, default=0, metavar='K', help='sample from the K best tokens; 0: from all')
     p.add_argument('--top-p', type=float, default=1.0, metavar='P', help='sample from the best tokens that hold P of the mass')
-    p.add_argument('--min-p', type=float, default=0.0, metavar='P', help="sample from tokens with P of the best one's probability")
+    p.add_argument('--min-p', type=float, default=0.0, metavar='P', help='sample from tokens with P of the best probability')
     p.add_argument('--repetition-penalty', type=float, default=1.0, metavar='X', help='above 1: avoid tokens seen before')
     p.add_argument('--seed', type=int, default=0, help='the same seed gives the same text')
     p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be repeated')
@@ -142,7 +142,7 @@ def closing_line(timing: dict) -> str:
     def number(key, digits=1):
         return '-' if timing[key] is None else f'{timing[key]:,.{digits}f}'
 
-    return (f'prefill {timing["prefill_tokens"]} tokens at {number("prefill_tokens_per_s")} tokens/s, '
+    return (f'done: prefill {timing["prefill_tokens"]} tokens at {number("prefill_tokens_per_s")} tokens/s, '
             f'decode {timing["decode_tokens"]} at {number("decode_tokens_per_s")} tokens/s, '
             f'weights read at {number("weights_gb_per_s")} GB/s, '
             f'all-reduce {number("allreduce_ms_per_token", 3)} ms and {number("allreduce_bytes_per_token", 0)} bytes per token')
@@ -150,19 +150,21 @@ def closing_line(timing: dict) -> str:
 
 def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, generate, print; the same on every rank but for the printing."""
+    from tpmpi.sampling import SamplingParams  # late: the session has limited the BLAS threads before NumPy starts
+    names = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed', 'logprobs', 'prompt_logprobs')
+    sampling = {name: getattr(options, name) for name in names} | {'stop': tuple(options.stop)}
+    if options.max_new_tokens is not None:
+        sampling['max_new_tokens'] = options.max_new_tokens
+    s.agreed(SamplingParams, **sampling)  # a bad value is told before a large model is read
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
     llm = api.load(options.model, context=options.context, device=options.device, kv=options.kv, chunk=options.chunk,
                    verify=options.verify, session=s, tracing=options.trace)
     first, config = s.comm.rank == 0, llm.config
     log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',
              options.model or 'bundled model', config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
-             s.comm.size, 's' * (s.comm.size > 1), s.threads, 's' * (s.threads > 1), s.local_size, llm.device.name)
+             s.comm.size, 's' * (s.comm.size > 1), s.threads, 's' * (s.threads > 1), s.local_size, llm.engine.device.name)
     system = [] if options.system is None else [{'role': 'system', 'content': options.system}]
-    request = llm.request(
-        [*system, {'role': 'user', 'content': prompt}] if options.chat else prompt,
-        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=options.seed, stop=tuple(options.stop),
-        logprobs=options.logprobs, prompt_logprobs=options.prompt_logprobs)
+    request = llm.request([*system, {'role': 'user', 'content': prompt}] if options.chat else prompt, **sampling)
     output = Output()
     for piece in llm.engine.stream(request, lambda: output.closed):
         if first and not options.json:

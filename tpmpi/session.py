@@ -6,6 +6,7 @@ turns whatever happens into one message and an exit code.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -41,6 +42,14 @@ class Session:
             error = e
         self.comm.agree(error)
         return result
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message: str):
+        """Print one line and exit with code 2."""
+        self.exit(USAGE, f'{self.prog}: error: {message}; see {self.prog} --help\n')
 
 
 def start(threads: int | None = None) -> Session:

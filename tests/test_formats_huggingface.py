@@ -1,0 +1,273 @@
+"""Hugging Face folders: what is read is what transformers reads, and what is not understood is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpmpi.config import ModelConfig
+from tpmpi.formats import FormatError, open_checkpoint
+from tpmpi.formats.families import HUGGING_FACE, NEUTRAL_KEYS
+from tpmpi.sharding import tensor_specs
+from tpmpi.tokenizer import Tokenizer
+
+REFERENCES = Path(__file__).parent / 'references'
+NAMES = ('tiny_llama', 'tiny_llama_tied')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the untied checkpoint (bfloat16, one file) to spoil."""
+    return shutil.copytree(REFERENCES / 'tiny_llama', tmp_path / 'model')
+
+
+REMOVE = object()
+
+
+def edit(path: Path, **changes) -> None:
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data |= changes
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not REMOVE}))
+
+
+def logits(checkpoint, ids: list[int]) -> np.ndarray:
+    """The Llama of the checkpoint in float64 and in the plainest way.  [tokens, vocabulary]"""
+    c = checkpoint.config
+    w = {name: tensor.read().astype(np.float64) for name, tensor in checkpoint.tensors.items()}
+
+    def norm(x, weight):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
+
+    def rope(x):  # [tokens, heads, head_dim]
+        half = c.head_dim // 2
+        angle = np.arange(len(x))[:, None] * c.rope_theta ** (-np.arange(half) / half)
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = w['embedding'][ids]
+    for i in range(c.num_layers):
+        at = f'layers/{i}/'
+        a = norm(x, w[at + 'attn_norm'])
+        q, k, v = ((a @ w[at + name].T).reshape(len(ids), -1, c.head_dim) for name in 'qkv')
+        q, k = rope(q), rope(k)
+        k, v = (np.repeat(part, c.heads_per_kv_head, 1) for part in (k, v))
+        score = np.einsum('qhd,khd->hqk', q, k) / np.sqrt(c.head_dim)
+        score = np.exp(np.where(np.tri(len(ids), dtype=bool), score, -np.inf))
+        b = np.einsum('hqk,khd->qhd', score / score.sum(-1, keepdims=True), v)
+        x = x + b.reshape(len(ids), -1) @ w[at + 'attn_out'].T
+        a = norm(x, w[at + 'mlp_norm'])
+        gate = a @ w[at + 'gate'].T
+        x = x + (gate / (1 + np.exp(-gate)) * (a @ w[at + 'up'].T)) @ w[at + 'down'].T
+    return norm(x, w['final_norm']) @ w.get('head', w['embedding']).T
+
+
+# ---- what is read
+
+@pytest.mark.parametrize('name', NAMES)
+def test_gives_the_logits_of_transformers(name):
+    checkpoint = open_checkpoint(REFERENCES / name)
+    for case in json.loads((REFERENCES / name / 'reference.json').read_text())['cases']:
+        ours = logits(checkpoint, case['ids'])[case['positions']]
+        np.testing.assert_allclose(ours, case['logits'], atol=2e-4)
+
+
+def test_config_of_both_checkpoints():
+    untied, tied = (open_checkpoint(REFERENCES / name) for name in NAMES)
+    assert untied.config == ModelConfig(
+        vocab_size=300, hidden_size=36, num_layers=3, num_heads=9, num_kv_heads=3, head_dim=8, ffn_size=200,
+        max_positions=256, norm_eps=1e-5, rope_theta=10000.0)
+    assert tied.config == ModelConfig(
+        vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=128,
+        max_positions=256, norm_eps=1e-5, rope_theta=50000.0, tie_embeddings=True)
+    assert list(tied.tensors) == list(tensor_specs(tied.config))
+    assert (untied.eos_token_ids, untied.bos_token_id) == ((2,), 0)
+    assert tied.provenance['architecture'] == 'LlamaForCausalLM'
+    assert tied.provenance['files'].count('safetensors') == 4
+
+
+# ---- config.json
+
+@pytest.mark.parametrize('changes, fact, value', [
+    ({'num_key_value_heads': REMOVE, 'num_attention_heads': 3}, 'num_kv_heads', 3),
+    ({'head_dim': REMOVE, 'num_attention_heads': 9}, 'head_dim', 4),
+    ({'head_dim': None, 'num_attention_heads': 9}, 'head_dim', 4),
+    ({'rms_norm_eps': REMOVE}, 'norm_eps', 1e-6),
+    ({'rope_parameters': REMOVE}, 'rope_theta', 10000.0),
+    ({'rope_parameters': REMOVE, 'rope_theta': 500000}, 'rope_theta', 500000.0),
+    ({'rope_parameters': None, 'rope_theta': 7e5, 'rope_scaling': None}, 'rope_theta', 7e5),
+    ({'rope_parameters': {'rope_theta': 3e4, 'rope_type': 'default'}, 'rope_theta': 7e5}, 'rope_theta', 3e4),
+    ({'rope_parameters': REMOVE, 'rope_theta': 7e5, 'rope_scaling': {'type': 'default'}}, 'rope_theta', 7e5),
+    ({'max_position_embeddings': REMOVE}, 'max_positions', 2048),
+    ({'tie_word_embeddings': REMOVE}, 'tie_embeddings', False),
+])
+def test_defaults_are_those_of_transformers(folder, changes, fact, value):
+    edit(folder / 'config.json', **changes)
+    values = json.loads((folder / 'config.json').read_text())
+    family = HUGGING_FACE['LlamaForCausalLM']
+    facts = {key: values.get(key, default) for key, default in family.facts.items()}
+    assert getattr(family.config(facts), fact) == value
+
+
+def test_keys_without_influence_are_accepted(folder):
+    edit(folder / 'config.json', torch_dtype='float16', use_cache=False, _name_or_path='x', unsloth_version='1',
+         **{'transformers.js_config': {'kv_cache_dtype': {}}}, is_llama_config=True, rope_interleaved=False)
+    open_checkpoint(folder)
+    assert not NEUTRAL_KEYS & set(HUGGING_FACE['LlamaForCausalLM'].facts)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'qk_norm': True}, r"unknown key 'qk_norm' \(value True\); tpmpi does not know what it means"),
+    ({'logits_scaling': 8.0}, "unknown key 'logits_scaling'"),
+    ({'auto_map': {'AutoModel': 'x--y'}}, "unknown key 'auto_map'"),
+    ({'hidden_act': 'gelu'}, r"hidden_act is 'gelu'; supported is 'silu' or 'swish' only"),
+    ({'attention_bias': True}, 'attention_bias is True; supported is False or None only'),
+    ({'attention_bias': 0}, 'attention_bias is 0; supported is False or None only'),
+    ({'mlp_bias': True}, 'mlp_bias is True'),
+    ({'pretraining_tp': 2}, 'pretraining_tp is 2; supported is 1'),
+    ({'sliding_window': 4096}, 'sliding_window is 4096'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config is .*gptq'),
+    ({'rope_interleaved': True}, 'rope_interleaved is True'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_scaling asks for RoPE of type 'linear'"),
+    ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0}}, "RoPE of type 'llama3'"),
+    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'factor': 8.0}}, "rope_parameters holds 'factor'"),
+    ({'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}}, 'rotates a part of each head'),
+    ({'rope_parameters': [1]}, 'rope_parameters is .1.; expected null or an object'),
+    ({'rope_parameters': {'rope_theta': '1e4'}}, "rope_theta is '1e4'; expected a number"),
+    ({'rms_norm_eps': float('nan')}, 'rms_norm_eps is nan; expected a number'),
+    ({'hidden_size': '36'}, "hidden_size is '36'; expected a whole number"),
+    ({'hidden_size': 36.0}, 'hidden_size is 36.0; expected a whole number'),
+    ({'num_hidden_layers': True}, 'num_hidden_layers is True'),
+    ({'num_hidden_layers': 10 ** 9}, 'num_layers is 1000000000; expected a whole number from 1 to'),
+    ({'num_attention_heads': 0, 'head_dim': None}, 'hidden_size 36 is no multiple of num_attention_heads 0'),
+    ({'num_key_value_heads': 2}, '9 query heads cannot share 2 KV heads evenly'),
+    ({'tie_word_embeddings': 'yes'}, "tie_word_embeddings is 'yes'; expected true or false"),
+    ({'architectures': ['GPT2LMHeadModel']}, r"architectures is .'GPT2LMHeadModel'.; supported is one of LlamaFor"),
+    ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForSequenceClassification'),
+    ({'architectures': REMOVE}, 'architectures is None'),
+    ({'eos_token_id': 300}, 'generation_config.json: eos_token_id is 300; expected a token id from 0 to 299'),
+])
+def test_what_is_not_understood_is_refused_by_name(folder, changes, message):
+    edit(folder / 'config.json', **changes)
+    if 'eos_token_id' in changes:
+        edit(folder / 'generation_config.json', **changes)
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', 'is not valid JSON'), ('[1]', 'holds a list; expected a JSON object'), ('{"a": ', 'is not valid JSON'),
+    ('[' * 100_000, 'is not valid JSON'), ('{"architectures": ["LlamaForCausalLM"], "x": "\udcff"}', 'cannot be read'),
+])
+def test_config_that_is_no_json(folder, text, message):
+    (folder / 'config.json').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(folder)
+
+
+# ---- folders
+
+def test_pickles_are_never_opened(folder):
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+    with pytest.raises(FormatError, match='pytorch_model.bin is a pickle, which can run any code'):
+        open_checkpoint(folder)
+
+
+def test_sources_that_are_no_checkpoint(tmp_path, folder):
+    with pytest.raises(FormatError, match='does not exist; expected a Hugging Face folder or a .gguf file'):
+        open_checkpoint(tmp_path / 'absent')
+    with pytest.raises(FormatError, match='is no checkpoint: it has no config.json'):
+        open_checkpoint(tmp_path)
+    with pytest.raises(FormatError, match='is neither a Hugging Face folder'):
+        open_checkpoint(folder / 'config.json')
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(FormatError, match='has no model.safetensors and no model.safetensors.index.json'):
+        open_checkpoint(folder)
+
+
+# ---- tokenizer
+
+def tokenizer_of(folder: Path) -> tuple[Tokenizer, object]:
+    checkpoint = open_checkpoint(folder)
+    return Tokenizer(checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.bos_token_id,
+                     checkpoint.eos_token_ids), checkpoint
+
+
+def test_bos_and_eos_around_a_text(folder):
+    plain = tokenizer_of(folder)[0].encode('The')
+    edit(folder / 'tokenizer_config.json', add_bos_token=True)
+    assert tokenizer_of(folder)[0].encode('The') == [0, *plain]
+    edit(folder / 'tokenizer_config.json', add_eos_token=True)
+    assert tokenizer_of(folder)[0].encode('The') == [0, *plain, 2]
+    assert tokenizer_of(folder)[0].encode('The', add_special_tokens=False) == plain
+
+
+def test_an_explicit_setting_goes_before_the_post_processor(tmp_path):
+    folder = shutil.copytree(REFERENCES / 'tiny_llama_tied', tmp_path / 'model')
+    assert tokenizer_of(folder)[0].encode('The')[0] == 0
+    edit(folder / 'tokenizer_config.json', add_bos_token=False)
+    assert tokenizer_of(folder)[0].encode('The')[0] != 0
+
+
+def test_ends_of_a_text(folder):
+    edit(folder / 'generation_config.json', eos_token_id=[5, 2, 0])
+    assert tokenizer_of(folder)[1].eos_token_ids == (2, 5, 0)  # the tokenizer's own first
+    edit(folder / 'generation_config.json', eos_token_id=REMOVE)
+    edit(folder / 'config.json', eos_token_id=7)
+    assert tokenizer_of(folder)[1].eos_token_ids == (2, 7)
+    edit(folder / 'tokenizer_config.json', eos_token=None, bos_token=None)
+    edit(folder / 'config.json', eos_token_id=None)
+    assert (tokenizer_of(folder)[1].eos_token_ids, tokenizer_of(folder)[1].bos_token_id) == ((), None)
+    edit(folder / 'tokenizer_config.json', eos_token=REMOVE, bos_token=REMOVE)
+    edit(folder / 'config.json', eos_token_id=REMOVE, bos_token_id=REMOVE)
+    assert (tokenizer_of(folder)[1].eos_token_ids, tokenizer_of(folder)[1].bos_token_id) == ((2,), 1)  # LlamaConfig's
+
+
+def test_a_named_token_becomes_special(folder):
+    edit(folder / 'tokenizer_config.json', eos_token={'content': 'e', '__type': 'AddedToken'})
+    tokenizer, checkpoint = tokenizer_of(folder)
+    assert tokenizer.decode(tokenizer.encode('xex')) == 'xx'
+    assert checkpoint.eos_token_ids[0] == json.loads(checkpoint.tokenizer_json)['model']['vocab']['e']
+
+
+@pytest.mark.parametrize('source, expected', [
+    ({'chat_template': 'one'}, 'one'), ({}, None),
+    ({'chat_template': [{'name': 'tool_use', 'template': 'a'}, {'name': 'default', 'template': 'b'}]}, 'b'),
+])
+def test_chat_template(folder, source, expected):
+    inside = (folder / 'chat_template.jinja').read_text()
+    edit(folder / 'tokenizer_config.json', **source)
+    assert open_checkpoint(folder).chat_template == inside  # the file of its own goes first
+    (folder / 'chat_template.jinja').unlink()
+    assert open_checkpoint(folder).chat_template == expected
+
+
+@pytest.mark.parametrize('file, changes, message', [
+    ('tokenizer_config.json', {'chat_template': 5}, 'chat_template is 5; expected text'),
+    ('tokenizer_config.json', {'eos_token': '<end>'}, "eos_token is '<end>', which tokenizer.json does not have"),
+    ('tokenizer_config.json', {'eos_token': 5}, 'eos_token is 5; expected a token or null'),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'300': {'content': '<new>'}}},
+     "gives token '<new>' the id 300; tokenizer.json gives it None"),
+    ('tokenizer.json', {'model': {}}, 'no vocabulary with token ids'),
+    ('tokenizer.json', {'model': {'vocab': {'a': 'b'}}}, 'no vocabulary with token ids'),
+    ('tokenizer.json', {'added_tokens': [5]}, 'no vocabulary with token ids'),
+    ('tokenizer.json', {'added_tokens': [{'id': 300, 'content': '<new>'}]},
+     'has token ids up to 300; config.json allows vocab_size 300'),
+    ('tokenizer.json', {'added_tokens': [{'id': 0, 'content': '\ud800'}]}, 'a token is not valid Unicode'),
+    ('generation_config.json', {'eos_token_id': '2'}, "eos_token_id is '2'; expected a token id"),
+])
+def test_tokenizer_files_that_do_not_fit(folder, file, changes, message):
+    edit(folder / file, **changes)
+    (folder / 'chat_template.jinja').unlink()
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(folder)
+
+
+def test_folder_without_tokenizer(folder):
+    (folder / 'tokenizer.json').unlink()
+    with pytest.raises(FormatError, match='has no tokenizer.json'):
+        open_checkpoint(folder)

@@ -1,0 +1,186 @@
+"""Opens a Hugging Face folder: config.json, *.safetensors, tokenizer.json and what goes with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tpmpi.config import ConfigError, ModelConfig
+from tpmpi.formats.families import HUGGING_FACE, NEUTRAL_KEYS, Family, read_facts, short, their_name
+from tpmpi.formats.safetensors_file import DTYPES, open_safetensors
+from tpmpi.formats.source import (
+    Checkpoint,
+    FormatError,
+    TensorSource,
+    checked_token_id,
+    match_tensors,
+    parse_json,
+    read_json,
+    read_text,
+    sha256,
+)
+from tpmpi.formats.tokenizer_json import add_special, bos_eos_processor, dump, vocabulary
+
+WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+
+
+def open_huggingface(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder.  Raises FormatError for whatever is missing, damaged or not understood."""
+    text = read_text(folder / 'config.json')
+    values = parse_json(text, folder / 'config.json')
+    family, architecture = choose_family(values)
+    facts = read_facts(values, family, NEUTRAL_KEYS.__contains__, 'config.json')
+    try:
+        config = family.config(facts)
+    except ConfigError as error:
+        raise FormatError(f'{folder / "config.json"}: {error}') from error
+    files, found = open_weights(folder)
+    tensors = assign(config, family, found, str(folder))
+    tokenizer_json, chat_template, bos, eos = open_tokenizer(folder, config, values)
+    return Checkpoint(
+        config, tensors, tokenizer_json, chat_template, eos, bos,
+        {'format': 'Hugging Face', 'architecture': architecture, 'source': folder.resolve().name,
+         'files': ', '.join(files), 'config.json sha256': sha256(text.encode()),
+         'tokenizer.json sha256': sha256(read_text(folder / 'tokenizer.json').encode())})
+
+
+def choose_family(values: Mapping) -> tuple[Family, str]:
+    names = values.get('architectures')
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in HUGGING_FACE:
+        raise FormatError(
+            f'config.json: architectures is {short(names)}; supported is one of {", ".join(HUGGING_FACE)}')
+    return HUGGING_FACE[names[0]], names[0]
+
+
+# ---- weights
+
+def open_weights(folder: Path) -> tuple[list[str], dict[str, TensorSource]]:
+    """File names, and every tensor of the folder by its name there."""
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get('weight_map')
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError(f'{folder / INDEX}: weight_map is missing; expected tensor names with their files')
+        files = sorted({str(name) for name in weight_map.values()})
+        for name in files:
+            if not re.fullmatch(r'[\w.-]+\.safetensors', name):  # never out of the folder
+                raise FormatError(f'{folder / INDEX} names the file {name!r}; expected *.safetensors in that folder')
+    elif (folder / WHOLE).exists():
+        weight_map, files = None, [WHOLE]
+    else:
+        pickled = sorted(path.name for path in folder.glob('*') if path.suffix in ('.bin', '.pt', '.pth', '.pkl'))
+        raise FormatError(
+            f'{folder} has no {WHOLE} and no {INDEX}'
+            + (f'; {pickled[0]} is a pickle, which can run any code and is never opened: '
+               'save the model as safetensors (save_pretrained does)' if pickled else ''))
+    found = {}
+    for file in files:
+        for name, tensor in open_safetensors(folder / file).items():
+            if name in found or (weight_map is not None and weight_map.get(name) != file):
+                raise FormatError(f'{tensor.origin}: the index says {(weight_map or {}).get(name)!r} for this tensor')
+            found[name] = tensor
+    for name in weight_map or ():
+        if name not in found:
+            raise FormatError(f'{folder / INDEX}: {weight_map[name]} should hold {short(name)}, but does not')
+    return files, found
+
+
+def assign(config: ModelConfig, family: Family, found: dict[str, TensorSource], where: str) -> dict[str, TensorSource]:
+    """The tensors by our names.
+
+    A tied checkpoint may hold the shared matrix under either name.  Where it holds both, they must be equal: what
+    transformers makes of two different ones has changed between its versions (4 ties them, 5 does not).
+    """
+    embedding, head = family.tensors['embedding'], family.tensors['head']
+    if config.tie_embeddings and head in found:
+        found = dict(found)
+        tied = found.pop(head)
+        other = found.setdefault(embedding, tied)
+        if other is not tied and not same_bits(other, tied):
+            raise FormatError(
+                f'config.json: tie_word_embeddings is true, but {tied.origin} differs from {embedding}; '
+                'set it to false if the model is meant to have its own head')
+    tensors = match_tensors(
+        config, found, lambda name: their_name(name, family.tensors), where,
+        lambda name: family.ignored_tensors.fullmatch(name) is not None)
+    supported = [ours for ours, _ in DTYPES.values()]
+    for tensor in tensors.values():
+        if tensor.dtype not in supported:
+            raise FormatError(f'{tensor.origin} is {tensor.dtype}; supported are {", ".join(supported)}')
+    return tensors
+
+
+def same_bits(a: TensorSource, b: TensorSource) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(a.load().view('u1'), b.load().view('u1'))
+
+
+# ---- tokenizer
+
+def open_tokenizer(folder: Path, config: ModelConfig, values: Mapping
+                   ) -> tuple[str, str | None, int | None, tuple[int, ...]]:
+    """tokenizer.json, chat template, bos id, eos ids.
+
+    As in transformers 5: `add_bos_token` and `add_eos_token` of tokenizer_config.json, where given, decide what
+    encloses a text; the special tokens named there count as special; chat_template.jinja goes before the one inside.
+    The ids of generation_config.json end a text, or those of config.json where it names none, and the tokenizer's own.
+    """
+    if not (folder / 'tokenizer.json').exists():
+        raise FormatError(f'{folder} has no tokenizer.json; save it with a fast tokenizer (save_pretrained does)')
+    tokenizer = parse_json(read_text(folder / 'tokenizer.json'), folder / 'tokenizer.json')
+    known = vocabulary(tokenizer)
+    if max(known.values(), default=0) >= config.vocab_size:
+        raise FormatError(f'{folder / "tokenizer.json"} has token ids up to {max(known.values())}; '
+                          f'config.json allows vocab_size {config.vocab_size}')
+    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').exists() else {}
+    for key in ('bos_token', 'eos_token', 'unk_token', 'pad_token'):
+        add_special(tokenizer, known, named_token(settings, key))
+    for id, entry in (settings.get('added_tokens_decoder') or {}).items():
+        content = entry.get('content') if isinstance(entry, dict) else entry
+        if str(known.get(content)) != id:
+            raise FormatError(f'tokenizer_config.json gives token {short(content)} the id {id}; '
+                              f'tokenizer.json gives it {known.get(content)}')
+    bos, eos = (named_id(known, settings, key) for key in ('bos_token', 'eos_token'))
+    if 'add_bos_token' in settings or 'add_eos_token' in settings:
+        tokenizer['post_processor'] = bos_eos_processor(
+            named_token(settings, 'bos_token') if settings.get('add_bos_token') else None, bos,
+            named_token(settings, 'eos_token') if settings.get('add_eos_token') else None, eos)
+    generation = read_json(folder / 'generation_config.json') if (folder / 'generation_config.json').exists() else {}
+    ends = generation.get('eos_token_id')
+    where = 'generation_config.json' if ends is not None else 'config.json'
+    if ends is None:
+        ends = values.get('eos_token_id', 2)  # LlamaConfig's default
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = [checked_token_id(id, config.vocab_size, f'{where}: eos_token_id') for id in ends]
+    ids = dict.fromkeys(id for id in [eos, *ends] if id is not None)
+    if 'bos_token' not in settings:
+        bos = checked_token_id(values.get('bos_token_id', 1), config.vocab_size, 'config.json: bos_token_id')
+    return dump(tokenizer), open_chat_template(folder, settings), bos, tuple(ids)
+
+
+def named_token(settings: Mapping, key: str) -> str | None:
+    token = settings.get(key)
+    token = token.get('content') if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise FormatError(f'tokenizer_config.json: {key} is {short(token)}; expected a token or null')
+    return token
+
+
+def named_id(known: Mapping[str, int], settings: Mapping, key: str) -> int | None:
+    token = named_token(settings, key)
+    if token is not None and token not in known:
+        raise FormatError(f'tokenizer_config.json: {key} is {short(token)}, which tokenizer.json does not have')
+    return known.get(token)
+
+
+def open_chat_template(folder: Path, settings: Mapping) -> str | None:
+    if (folder / 'chat_template.jinja').exists():
+        return read_text(folder / 'chat_template.jinja')
+    template = settings.get('chat_template')
+    if isinstance(template, list):  # several, by name
+        named = {item.get('name'): item.get('template') for item in template if isinstance(item, dict)}
+        template = named.get('default')
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f'tokenizer_config.json: chat_template is {short(template)}; expected text')
+    return template

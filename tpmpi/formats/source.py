@@ -1,0 +1,138 @@
+"""What every reader of other people's checkpoints hands over: a configuration, tensors to read, a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tpmpi.config import ModelConfig
+from tpmpi.sharding import tensor_specs
+
+BFLOAT16 = 'bfloat16'
+JSON_LIMIT = 1 << 28  # bytes; the largest tokenizer.json in use is below 40 MB
+
+
+class FormatError(ValueError):
+    """A checkpoint that is damaged, contradicts itself, or says something whose meaning this version does not know."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor of a checkpoint, not yet read.  Matrices are [out, in], as in Hugging Face."""
+
+    origin: str  # file and name there, for messages
+    shape: tuple[int, ...]
+    dtype: str  # 'float32', 'float16', 'bfloat16', or GGUF's name of a quantized type
+    load: Callable[[], np.ndarray]  # uint16 bits where dtype is bfloat16; float16 or float32 otherwise
+
+    def read(self) -> np.ndarray:
+        """The tensor as float32, read anew on each call.  Raises FormatError where the file is too short."""
+        values = self.load()
+        if self.dtype == BFLOAT16:
+            return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)  # the upper half of a float32
+        return values.astype(np.float32, copy=False)
+
+    def read_bfloat16(self) -> np.ndarray:
+        """The raw 16 bits of a bfloat16 tensor as uint16.  Raises FormatError where the source has another type."""
+        if self.dtype != BFLOAT16:
+            raise FormatError(f'{self.origin} is {self.dtype}; only bfloat16 tensors have bfloat16 bits, use read()')
+        return self.load()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Somebody's checkpoint, opened and checked; the tensors stay in their files until they are read."""
+
+    config: ModelConfig
+    tensors: Mapping[str, TensorSource]  # by the names of `tensor_specs`, in its order
+    tokenizer_json: str  # Hugging Face's tokenizer.json
+    chat_template: str | None  # jinja2
+    eos_token_ids: tuple[int, ...]  # each ends a text; the tokenizer's own one first
+    bos_token_id: int | None
+    provenance: Mapping[str, str]  # where it came from
+
+
+def match_tensors(
+        config: ModelConfig, found: Mapping[str, TensorSource], names: Callable[[str], str], where: str,
+        ignored: Callable[[str], bool] = lambda name: False) -> dict[str, TensorSource]:
+    """The tensors of a model by our names.  `names` gives their name for ours; `where` names the checkpoint.
+
+    Raises FormatError when a tensor is missing, has another shape, or has no place in the model.
+    """
+    tensors = {}
+    for spec in tensor_specs(config).values():
+        name = names(spec.name)
+        expected = spec.shape[::-1] if spec.transposed else spec.shape
+        if name not in found:
+            raise FormatError(f'{where}: tensor {name} is missing; the configuration asks for {describe(expected)}')
+        if found[name].shape != expected:
+            raise FormatError(
+                f'{found[name].origin} has the shape {describe(found[name].shape)}; '
+                f'the configuration asks for {describe(expected)}')
+        tensors[spec.name] = found[name]
+    used = {names(name) for name in tensors}
+    extra = sorted(name for name in found if name not in used and not ignored(name))
+    if extra:
+        raise FormatError(
+            f'{found[extra[0]].origin} ({describe(found[extra[0]].shape)}) has no place in this architecture'
+            + (f', nor have {len(extra) - 1} other tensors' if len(extra) > 1 else '')
+            + '; leaving it out would change the result')
+    return tensors
+
+
+def describe(shape: tuple[int, ...]) -> str:
+    return '[' + ', '.join(map(str, shape)) + ']'
+
+
+def read_numbers(path: Path, offset: int, count: int, dtype: str) -> np.ndarray:
+    """`count` numbers from byte `offset` of a file.  Raises FormatError where the file ends earlier."""
+    try:
+        values = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    except OSError as error:
+        raise FormatError(f'{path}: {error.strerror or error}') from error
+    if values.size != count:
+        raise FormatError(
+            f'{path} ends inside a tensor: {count} numbers expected at byte {offset}, {values.size} found')
+    return values
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.  Raises FormatError when there is none."""
+    return parse_json(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise FormatError(f'{path} has {path.stat().st_size} bytes; at most {JSON_LIMIT} are read')
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f'{path} cannot be read: {error}') from error
+
+
+def parse_json(text: str, where: Path | str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f'{where} is not valid JSON: {error}') from error
+    if not isinstance(value, dict):
+        raise FormatError(f'{where} holds a {type(value).__name__}; expected a JSON object')
+    return value
+
+
+def checked_token_id(value, vocab_size: int, name: str) -> int | None:
+    """A token id, or None.  Raises FormatError when the vocabulary has no such id."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise FormatError(f'{name} is {value!r}; expected a token id from 0 to {vocab_size - 1}')
+    return value
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
