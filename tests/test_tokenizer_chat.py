@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import PIECES, any_text, tiny
+from test_tokenizer import PIECES, TINY, any_text, tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
@@ -70,6 +70,14 @@ def test_no_message_adds_a_special_token(contents):
 def test_special_tokens_are_not_put_together_from_parts(contents, template):
     ids = tiny(template=template).apply_chat_template(user(*contents))
     assert not [id for id in ids if id < 3]
+
+
+def test_roles_that_are_parts_of_tokens_are_still_roles():
+    data = json.loads((REFERENCES / 'tiny_llama' / 'tokenizer.json').read_text())
+    data['added_tokens'] += [{**data['added_tokens'][0], 'id': 300 + n, 'content': token}
+                             for n, token in enumerate(('<user', 'tooluse', '<|user|>'))]
+    tokenizer = Tokenizer(json.dumps(data), "{{ messages[0].role == 'user' }}{{ '<|' + messages[0].role + '|>' }}")
+    assert tokenizer.apply_chat_template(user('x')) == [*TINY.encode('True'), 302]
 
 
 def test_a_special_role_is_text_too():

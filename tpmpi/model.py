@@ -18,7 +18,7 @@ from tpmpi.kv_cache import KVCache, LayerCache, Segment
 from tpmpi.sharding import Shard, rank_rows, tensor_specs
 from tpmpi.weights import STORAGE, Weight
 
-READ_BYTES = 8 << 20  # a matrix is read and packed in pieces of this size, so that no second copy of it ever exists
+READ_BYTES = 2 << 20  # a matrix is read and packed in pieces of this size, so that no second copy of it ever exists
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ never becomes one of the special tokens that a chat template writes.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 
 import tokenizers
@@ -74,8 +76,8 @@ class Tokenizer:
         text = self._render(variables)
         if marked != messages:
             if NONCHARACTERS.search(json.dumps(messages, ensure_ascii=False)):
-                raise TokenizerError('a message may spell out a special token, and one holds a noncharacter from U+FDD0 '
-                                     'to U+FDD3, which no text should; remove either')
+                raise TokenizerError('a message may spell out a special token, and one holds a noncharacter, U+FDD0 to '
+                                     'U+FDD3, which no text should; remove either')
             text, forged = self._controls.resolve(text)
             if forged:
                 return encode(self._plain_twin, text, add_special_tokens=False)
@@ -119,15 +121,22 @@ class Tokenizer:
         return twin
 
 
-def load_backend(tokenizer_json: str) -> tokenizers.Tokenizer:
+@contextlib.contextmanager
+def rust_errors(what: str):
+    """Turns what the Rust code raises into TokenizerError; its panics are no Exceptions."""
     try:
-        backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the Rust code is no Exception
-        raise TokenizerError(f'tokenizer.json is broken: {str(error)[:200]}') from error
-    backend.no_truncation()
-    backend.no_padding()
+    except BaseException as error:
+        raise TokenizerError(f'{what}: {str(error)[:200]}') from error
+
+
+def load_backend(tokenizer_json: str) -> tokenizers.Tokenizer:
+    with rust_errors('tokenizer.json is broken'):
+        backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        backend.no_truncation()
+        backend.no_padding()
     return backend
 
 
@@ -136,7 +145,8 @@ def encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(f'the text is not valid Unicode: {error}') from error
-    return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    with rust_errors('tokenizer.json is broken, it cannot encode'):
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 def plain(value):
@@ -179,7 +189,7 @@ class ControlTokens:
         core = value.strip()  # templates strip
         start = value.find(core)
         end = start + len(core)
-        parts = range(1, min(self.longest, len(core) + 1))
+        parts = range(1, min(self.longest, len(core) + 1)) if not core.isidentifier() else ()  # not in 'user'
         before = RIM if any(core[:n] in self.tails for n in parts) else ''
         after = RIM if any(core[-n:] in self.heads for n in parts) else ''
         return value[:start] + before + self.token.sub(rf'{OPEN}\g<0>{CLOSE}', core) + after + value[end:]
@@ -189,7 +199,7 @@ class ControlTokens:
 
         If so, the special tokens that it did write stand under their private names.
         """
-        pieces, spans, cuts, at, length = [], [], [], 0, 0
+        pieces, starts, ends, cuts, at, length = [], [], [], [], 0, 0
         for mark in self.marks.finditer(marked):
             pieces.append(marked[at:mark.start()])
             length += len(pieces[-1])
@@ -197,14 +207,16 @@ class ControlTokens:
                 cuts.append(length)
             else:
                 pieces.append(mark[1])
-                spans.append((length, length + len(mark[1])))
+                starts.append(length)
                 length += len(mark[1])
+                ends.append(length)
             at = mark.end()
         text = ''.join(pieces) + marked[at:]
         named, forged, at, done = [], False, 0, 0
         while (found := self.token.search(text, at)) is not None:
             start, end = found.span()
-            if any(start < b and a < end for a, b in spans) or any(start < cut < end for cut in cuts):
+            span, cut = bisect_right(ends, start), bisect_right(cuts, start)  # the first that end or lie after start
+            if (span < len(ends) and starts[span] < end) or (cut < len(cuts) and cuts[cut] < end):
                 forged, at = True, start + 1
             else:
                 named += text[done:start], private_name(self.ids[found[0]])

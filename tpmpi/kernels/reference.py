@@ -149,7 +149,9 @@ def activate(x, kind: str):
     xp = namespace(x)
     if kind == 'silu':
         with np.errstate(over='ignore'):  # exp(-x) may reach infinity, and x / infinity is the right 0
-            return x / (1 + xp.exp(-x))
+            y = xp.exp(-x)
+        y += 1
+        return xp.divide(x, y, out=y)
     if kind == 'relu':
         return xp.maximum(x, 0)
     if kind == 'gelu_tanh':
