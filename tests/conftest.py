@@ -17,9 +17,9 @@ import tiny  # noqa: E402
 
 @pytest.fixture(scope='session')
 def models(tmp_path_factory):
-    """Random model files by name: {'nine_heads': (path, config, whole tensors), ...}"""
+    """Random model files by name: {'nine_heads': (path, config, whole tensors), ...}; no token ends a text."""
     folder = tmp_path_factory.mktemp('models')
-    return {name: (folder / f'{name}.h5', config, tiny.write_model(folder / f'{name}.h5', config))
+    return {name: (folder / f'{name}.h5', config, tiny.write_model(folder / f'{name}.h5', config, eos=()))
             for name, config in tiny.CONFIGS.items()}
 
 

@@ -154,7 +154,7 @@ class Engine:
 
     def _new_ring(self, total: int) -> tuple[KVCache, Ring]:
         positions = ring_positions(total, self.model.window, self.run.chunk)
-        if self.run.context is not None and total > self.run.context and not self.rolling_noted:
+        if self.run.context is not None and total > self.run.context and not self.rolling_noted and self.comm.rank == 0:
             self.rolling_noted = True
             log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d',
                         total, self.run.context, self.run.context)

@@ -1,0 +1,1 @@
+"""The bundled model and sample prompts: see README.md in this folder of the source."""
