@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_program
+from ranks import PROGRAMS, environment, run_program
 
 from tpmpi.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter, TokenizerData, bfloat16_type
 from tpmpi.sharding import rank_rows, shard, tensor_specs
@@ -47,10 +48,10 @@ def test_what_is_written_is_read(stored):
 
 
 @settings(max_examples=30, deadline=None)
-@given(size=st.integers(1, 14), data=st.data())
-def test_any_rank_reads_its_rows(models, size, data):
+@given(place=st.integers(1, 14).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
+def test_any_rank_reads_its_rows(models, place):
     path, config, tensors = models['nine_heads']
-    rank = data.draw(st.integers(0, size - 1))
+    rank, size = place
     with CheckpointReader(path) as reader:
         for name, spec in tensor_specs(config).items():
             rows = rank_rows(spec, shard(config, rank, size))
@@ -213,14 +214,15 @@ def cut(fraction):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (set_attribute('/', 'format_version', 2), 'format version 2; this tpmpi reads version 1'),
-    (set_attribute('/', 'format', 'other'), 'not a tpmpi model'),
+    (set_attribute('/', 'format', np.bytes_('other')), 'not a tpmpi model'),
     (set_attribute('config', 'hidden_size', 37), 'the configuration says'),
     (set_attribute('config', 'num_kv_heads', 2), 'cannot share'),
     (set_attribute('config', 'hidden_size', 1 << 40), 'hidden_size'),
     (set_attribute('config', 'activation', np.arange(3)), 'activation'),
+    (set_attribute('config', 'activation', np.bytes_('swish')), 'activation'),
     (set_attribute('config', 'soft_cap', 30.0), "unknown fact 'soft_cap'"),
-    (set_attribute('tokenizer', 'eos_token_ids', 'none'), 'damaged, or not'),
-    (set_attribute('config', 'rope_theta', 'x'), 'rope_theta'), (set_attribute('config', 'window', 'x'), 'window'),
+    (set_attribute('tokenizer', 'eos_token_ids', np.bytes_('none')), 'damaged, or not'),
+    (set_attribute('config', 'rope_theta', np.bytes_('x')), 'rope_theta'), (set_attribute('config', 'window', np.bytes_('x')), 'window'),
     (delete('config'), 'no group config'), (delete('tokenizer'), 'no group tokenizer'),
     (cut(0.5), 'damaged or cut short'), (cut(0.001), 'damaged or cut short|not an HDF5 file'),
     (lambda p: p.write_bytes(b''), 'not an HDF5 file'), (lambda p: p.write_text('hello'), 'not an HDF5 file'),
@@ -236,20 +238,21 @@ def test_a_bad_file_gets_one_line(tmp_path, change, message):
 
 
 def test_random_damage_never_does_worse_than_an_error(tmp_path):
-    """Flipped bytes anywhere in the metadata: an error of ours, or the right shapes; never a crash."""
-    good = tmp_path / 'good.h5'
-    tiny.write_model(good, CONFIG)
-    data, rng = good.read_bytes(), np.random.default_rng(0)
-    for trial in range(60):
-        bad = bytearray(data)
-        for at in rng.integers(0, 4096 if trial % 2 else len(data), 3):
-            bad[at] ^= int(rng.integers(1, 256))
-        path = tmp_path / 'bad.h5'
-        path.write_bytes(bad)
-        try:
-            load_all(path)
-        except CheckpointError:
-            pass
+    """Flipped bytes anywhere, half of them in the metadata: an error of ours, or the right shapes; no crash, no hang."""
+    tiny.write_model(tmp_path / 'good.h5', CONFIG)
+    done = subprocess.run([sys.executable, PROGRAMS / 'damage.py', tmp_path / 'good.h5', '200'], capture_output=True,
+                          text=True, timeout=120, env=environment())
+    assert done.returncode == 0 and int(done.stdout) > 50, done.stderr
+
+
+def test_a_variable_length_attribute_is_refused_unread(tmp_path):
+    """HDF5 keeps such values in a heap whose damage makes the library loop for ever."""
+    path = tmp_path / 'model.h5'
+    tiny.write_model(path, CONFIG)
+    with h5py.File(path, 'r+') as f:
+        f['config'].attrs['activation'] = 'silu'
+    with pytest.raises(CheckpointError, match='attribute activation of /config is of a type'):
+        load_all(path)
 
 
 def test_encode_matches_storage():

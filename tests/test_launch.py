@@ -268,7 +268,8 @@ def test_a_lost_watchman_is_a_lost_host(tmp_path, options):
     assert run.seconds < 10
     assert run.exit_code != 0
     host = 'host0' if options else HOST
-    assert run.messages == [f'tpmpi: rank 0 on {host} was lost during decode (connection closed); all ranks end']
+    assert len(run.messages) == 1, run.lines
+    assert run.messages[0].startswith(f'tpmpi: rank 0 on {host} was lost during ')
 
 
 @pytest.mark.parametrize(('ranks', 'options'), [

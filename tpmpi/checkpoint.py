@@ -1,14 +1,7 @@
 """The HDF5 model file: write a model once, read any rank's part of it as contiguous bytes.
 
-Layout, version 1.  Every tensor is one contiguous, unfiltered dataset with its sharded axis first, so that a rank's
-part is one byte range.  `h5dump -A model.h5` prints all that a stranger needs:
-
-    /                     format, format_version, provenance
-    /config               one attribute per fact of ModelConfig
-    /embedding, /layers/<i>/q, ...   attributes: diagram, axes, sharded_by, transposed, crc32, crc32_rows
-    /tokenizer            tokenizer.json and chat_template as text; bos and eos ids as attributes
-
-bfloat16 is a true 2-byte HDF5 floating-point type, which every HDF5 tool shows as numbers.
+Every tensor is one contiguous, unfiltered dataset with its sharded axis first, so that a rank's part is one byte range.
+The file explains itself: `h5dump -H` prints each tensor's comment, type and shape.
 
 A file from elsewhere is hostile until checked: links, external storage, virtual datasets and filters are refused, and
 no size is believed that the file's own length does not cover.
@@ -31,6 +24,11 @@ from tpmpi.sharding import TensorSpec, tensor_specs
 from tpmpi.weights import STORAGE
 
 FORMAT, FORMAT_VERSION = 'tpmpi model', 1
+ABOUT = """\
+A transformer language model for tpmpi, format version 1: whole tensors, for any number of ranks.
+A matrix is stored with the axis first by which ranks split it: a rank's rows are one contiguous run.  So attn_out and
+down are [in, out], all others [out, in].  RoPE turns the pairs (i, i + head_dim/2) of the rows of each head of q and k.
+A 16-bit floating-point type is bfloat16, the upper half of an IEEE single.  crc32: zlib's, of each crc32_rows rows."""
 MAX_TEXT = 64 << 20  # bytes of tokenizer.json or chat template
 
 
@@ -91,23 +89,31 @@ class CheckpointWriter:
             raise CheckpointError(f'{self.path}: cannot be written ({_reason(e)})') from e
 
     def _lay_out(self, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str]):
-        self.file.attrs.update({'format': FORMAT, 'format_version': FORMAT_VERSION})
+        self.file.attrs.update({'format': np.bytes_(FORMAT), 'format_version': FORMAT_VERSION})
         for key, value in provenance.items():
-            self.file.attrs[f'provenance_{key}'] = value
+            self.file.attrs[f'provenance_{key}'] = np.bytes_(value.encode() or b' ')
+        self._comment(self.file, ABOUT)
         facts = self.file.create_group('config')
+        self._comment(facts, 'one attribute per fact of the architecture (h5dump -A prints them)')
         for field in fields(config):
             value = getattr(config, field.name)
-            facts.attrs[field.name] = 'none' if value is None else value
+            value = 'none' if value is None else value
+            facts.attrs[field.name] = np.bytes_(value) if isinstance(value, str) else value
         texts = self.file.create_group('tokenizer')
+        self._comment(texts, "the bytes of Hugging Face's tokenizer.json and of a jinja2 chat template, UTF-8; special token ids")
         for name, text in (('tokenizer.json', tokenizer.tokenizer_json), ('chat_template', tokenizer.chat_template)):
             if text is not None:
                 texts.create_dataset(name, data=np.frombuffer(text.encode(), np.uint8))
-                texts[name].attrs['encoding'] = 'the bytes of a UTF-8 text'
         if tokenizer.bos_token_id is not None:
             texts.attrs['bos_token_id'] = tokenizer.bos_token_id
         texts.attrs['eos_token_ids'] = np.array(tokenizer.eos_token_ids, np.int64)
         for spec in self.specs.values():
             self._create_tensor(spec, self.kinds[spec.name])
+
+    @staticmethod
+    def _comment(thing: h5py.HLObject, text: str):
+        """A comment, which `h5dump -H` prints with the name, the type and the shape."""
+        h5py.h5o.set_comment(thing.id, text.encode())
 
     def _create_tensor(self, spec: TensorSpec, kind: str):
         """An empty contiguous dataset whose place in the file is known at once, with its attributes."""
@@ -119,10 +125,9 @@ class CheckpointWriter:
         links.set_create_intermediate_group(True)
         space = h5py.h5s.create_simple(spec.shape)
         h5py.h5d.create(self.file.id, spec.name.encode(), FILE_TYPES[kind], space, plist, links)
+        self._comment(self.file[spec.name], spec.meaning)
         self.file[spec.name].attrs.update({
-            'kind': kind, 'diagram': spec.letter, 'axes': spec.axes, 'sharded_by': spec.sharded,
-            'transposed': spec.transposed, 'crc32': np.zeros(-(-spec.shape[0] // spec.unit), np.uint32),
-            'crc32_rows': spec.unit})
+            'crc32': np.zeros(-(-spec.shape[0] // spec.unit), np.uint32), 'crc32_rows': spec.unit})
 
     def write(self, name: str, data: np.ndarray):
         """Write one whole tensor.  data: as stored (see TensorSpec.shape), float32 or the bits of bfloat16."""
@@ -226,7 +231,7 @@ class CheckpointReader:
             raise CheckpointError(f'{self.path}: damaged, or not a tpmpi model file ({_reason(e)})') from e
 
     def _check_format(self):
-        attrs = self.file.attrs
+        attrs = attributes(self.file)
         if attrs.get('format') != FORMAT:
             raise CheckpointError(f'{self.path}: an HDF5 file, but not a {FORMAT}; make one with python -m tpmpi.convert')
         version = int(attrs['format_version'])
@@ -235,12 +240,8 @@ class CheckpointReader:
                                   f'update tpmpi or convert the model again')
 
     def _read_config(self) -> ModelConfig:
-        facts = {}
-        for name, value in self._group('config').attrs.items():
-            if isinstance(value, np.generic):
-                value = value.item()
-            nothing = isinstance(value, str) and value == 'none' and name in ('rope_theta', 'window')
-            facts[name] = None if nothing else value
+        facts = attributes(self._group('config'))
+        facts |= {name: None for name in ('rope_theta', 'window') if facts.get(name) == 'none'}
         try:
             return model_config_from_dict(facts)
         except ConfigError as e:
@@ -258,9 +259,10 @@ class CheckpointReader:
                                       f'expected at most {MAX_TEXT} bytes of text')
             return dataset[()].tobytes().decode()
 
-        bos = group.attrs.get('bos_token_id')
+        ids = attributes(group)
+        bos, eos = ids.get('bos_token_id'), ids['eos_token_ids']
         return TokenizerData(text('tokenizer.json') or '', text('chat_template'), None if bos is None else int(bos),
-                             tuple(int(i) for i in group.attrs['eos_token_ids']))
+                             tuple(int(i) for i in eos))
 
     def _group(self, name: str) -> h5py.Group:
         if not isinstance(self.file.get(name, getlink=True), h5py.HardLink):
@@ -322,12 +324,13 @@ class CheckpointReader:
                 self._verify(spec, dataset, rows, out)
 
     def _verify(self, spec: TensorSpec, dataset: h5py.Dataset, rows: range, data: np.ndarray):
-        if 'crc32' not in dataset.attrs or int(dataset.attrs.get('crc32_rows', 0)) != spec.unit:
+        attrs = attributes(dataset)
+        if 'crc32' not in attrs or attrs.get('crc32_rows') != spec.unit:
             raise CheckpointError(f'{self.path}: tensor {spec.name} has no checksums per {spec.unit} rows; convert it again')
         first = -(-rows.start // spec.unit)
         skip = first * spec.unit - rows.start
         found = _crc32_blocks(data[skip:], spec.unit)
-        stored = np.asarray(dataset.attrs['crc32'])[first:first + len(found)]
+        stored = np.asarray(attrs['crc32'])[first:first + len(found)]
         whole = len(found) if rows.stop == spec.shape[0] else (rows.stop - first * spec.unit) // spec.unit
         bad = np.flatnonzero(found[:whole] != stored[:whole])
         if len(bad):
@@ -337,7 +340,7 @@ class CheckpointReader:
 
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, as recorded at conversion."""
-        return {k.removeprefix('provenance_'): str(v) for k, v in self.file.attrs.items() if k.startswith('provenance_')}
+        return {k.removeprefix('provenance_'): v for k, v in attributes(self.file).items() if k.startswith('provenance_')}
 
     def close(self):
         self.file.close()
@@ -347,6 +350,28 @@ class CheckpointReader:
 
     def __exit__(self, *_):
         self.close()
+
+
+def attributes(thing: h5py.HLObject) -> dict:
+    """The attributes of a group or dataset: numbers, truth values, texts of fixed length, arrays of numbers.
+
+    Variable-length values are refused unread: they lie in HDF5's global heap, and the library has been seen to loop for
+    ever over a damaged one.
+    """
+    values = {}
+    for name in thing.attrs:
+        attribute = h5py.h5a.open(thing.id, name.encode())
+        kind = attribute.get_type()
+        plain = isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID))
+        if not plain or isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
+            raise CheckpointError(f'attribute {name} of {thing.name} is of a type that model files do not have')
+        size = int(np.prod(attribute.shape, dtype=object)) * kind.get_size()
+        if size > MAX_TEXT:
+            raise CheckpointError(f'attribute {name} of {thing.name} has {size} bytes')
+        value = thing.attrs[name]
+        value = value.item() if isinstance(value, np.generic) else value
+        values[name] = value.decode() if isinstance(value, bytes) else value
+    return values
 
 
 def _reason(e: BaseException) -> str:

@@ -99,7 +99,7 @@ class TensorSpec:
     name: str  # path in the file
     letter: str  # its place in the diagram
     shape: tuple[int, ...]  # as stored
-    axes: str  # what the axes count, in words
+    rows: str  # what axis 0 counts, in words
     sharded: str  # what axis 0 is split by, or REPLICATED
     unit: int  # rows of axis 0 that stay together
     transposed: bool = False  # stored [in, out], because the contraction axis is the sharded one
@@ -108,35 +108,43 @@ class TensorSpec:
     def is_matrix(self) -> bool:
         return len(self.shape) == 2
 
+    @property
+    def meaning(self) -> str:
+        """What a stranger must know to use the stored numbers."""
+        if not self.is_matrix:
+            return f'{self.rows}; on every rank'
+        name = self.letter + ' transposed, ' * self.transposed + ', ' * (not self.transposed) if self.letter else ''
+        return f'{name}rows: {self.rows}; columns: hidden; ranks split the rows by {self.sharded}'
+
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     """Every tensor that a model of this configuration has, by its path in the file, in the order of the data."""
     hidden, ffn, dim = config.hidden_size, config.ffn_size, config.head_dim
     q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
-    specs = [TensorSpec('embedding', 'A', (config.vocab_size, hidden), 'token, hidden', VOCAB, VOCAB_BLOCK)]
+    specs = [TensorSpec('embedding', 'A', (config.vocab_size, hidden), 'token id', VOCAB, VOCAB_BLOCK)]
 
     def norm(name):
         if config.norm == 'rms':
-            specs.append(TensorSpec(name, '', (hidden,), 'hidden', REPLICATED, hidden))
+            specs.append(TensorSpec(name, '', (hidden,), 'gain of the RMS norm per hidden column', REPLICATED, hidden))
 
     for i in range(config.num_layers):
         at = f'layers/{i}/'
         norm(at + 'attn_norm')
         specs += [
-            TensorSpec(at + 'q', 'W^Q', (q_rows, hidden), 'head * head_dim, hidden', QUERY_HEADS, dim),
-            TensorSpec(at + 'k', 'W^K', (kv_rows, hidden), 'KV head * head_dim, hidden', KV_HEADS, dim),
-            TensorSpec(at + 'v', 'W^V', (kv_rows, hidden), 'KV head * head_dim, hidden', KV_HEADS, dim),
-            TensorSpec(at + 'attn_out', 'W^B', (q_rows, hidden), 'head * head_dim, hidden', QUERY_HEADS, dim, True)]
+            TensorSpec(at + 'q', 'W^Q', (q_rows, hidden), 'query head * head_dim', QUERY_HEADS, dim),
+            TensorSpec(at + 'k', 'W^K', (kv_rows, hidden), 'KV head * head_dim', KV_HEADS, dim),
+            TensorSpec(at + 'v', 'W^V', (kv_rows, hidden), 'KV head * head_dim', KV_HEADS, dim),
+            TensorSpec(at + 'attn_out', 'W^B', (q_rows, hidden), 'query head * head_dim', QUERY_HEADS, dim, True)]
         if not config.parallel_block:
             norm(at + 'mlp_norm')
         if config.gated:
-            specs.append(TensorSpec(at + 'gate', 'W^C', (ffn, hidden), 'ffn, hidden', FFN, config.ffn_block))
+            specs.append(TensorSpec(at + 'gate', 'W^C', (ffn, hidden), 'ffn column', FFN, config.ffn_block))
         specs += [
-            TensorSpec(at + 'up', 'W^C', (ffn, hidden), 'ffn, hidden', FFN, config.ffn_block),
-            TensorSpec(at + 'down', 'W^D', (ffn, hidden), 'ffn, hidden', FFN, config.ffn_block, True)]
+            TensorSpec(at + 'up', 'W^C', (ffn, hidden), 'ffn column', FFN, config.ffn_block),
+            TensorSpec(at + 'down', 'W^D', (ffn, hidden), 'ffn column', FFN, config.ffn_block, True)]
     norm('final_norm')
     if not config.tie_embeddings:
-        specs.append(TensorSpec('head', '', (config.vocab_size, hidden), 'token, hidden', VOCAB, VOCAB_BLOCK))
+        specs.append(TensorSpec('head', '', (config.vocab_size, hidden), 'token id', VOCAB, VOCAB_BLOCK))
     return {s.name: s for s in specs}
 
 
