@@ -27,7 +27,7 @@ PROMPT = [72, 101, 108, 108, 111, 33, 200, 7, 7, 19]
 def engine_on(comm, path, run, eos=()):
     with CheckpointReader(path) as reader:
         model = load_model(reader, shard(reader.config, comm.rank, comm.size), ops, context=run.context)
-        tokenizer = Tokenizer(reader.tokenizer.tokenizer_json, None, None, eos)
+        tokenizer = Tokenizer(reader.tokenizer.tokenizer_json, None, None, eos) if comm.rank == 0 else None
     return Engine(model, tokenizer, Device('cpu', np), ops, comm, run)
 
 
@@ -62,7 +62,7 @@ def test_a_cached_step_equals_recomputing_all(models, name, ranks):
     path, config, tensors = models[name]
     results = generate(path, PROMPT, SamplingParams(max_new_tokens=30, logprobs=5), ranks)
     check_against_recomputing(results[0], tensors, config)
-    assert all(r.tokens == results[0].tokens and r.text == results[0].text for r in results)
+    assert all(r.tokens == results[0].tokens and (r.text == '') == (r is not results[0]) for r in results)
     assert results[0].finish_reason == 'length' and len(results[0].tokens) == 30
 
 

@@ -14,7 +14,7 @@ import tpmpi
 PACKAGE = Path(tpmpi.__file__).parent
 FLOORS = {
     'config': 0, 'weights': 0, 'sharding': 0,
-    'launch': 1, 'comm': 1, 'device': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1, 'tokenizer': 1,
+    'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1, 'tokenizer': 1,
     'chat_template': 1,
     'kv_cache': 2, 'model': 2,
     'sampling': 3, 'engine': 3, 'trace': 3,

@@ -7,7 +7,8 @@
     if llm.rank == 0:
         print(result.text)
 
-Run alone, or as `mpirun -n 4 python script.py`: every rank runs the same script, and gets the same tokens and text.
+Run alone, or as `mpirun -n 4 python script.py`: every rank runs the same script, and gets the same tokens; the text is
+rank 0's.
 """
 
 from __future__ import annotations
@@ -53,16 +54,20 @@ class LLM:
         params: those of sampling.SamplingParams; without max_new_tokens, 128 or what the model's length leaves.
         Raises ValueError on all ranks alike.
         """
-        return self.session.agreed(self._request, prompt, **params)
+        tokens = self.session.comm.share(self.session.agreed(self._encode, prompt))
+        return self.session.agreed(self._request, tokens, **params)
 
-    def _request(self, prompt, **params):
-        from tpmpi.sampling import SamplingParams
+    def _encode(self, prompt) -> list[int] | None:
+        if self.rank != 0:
+            return None
         if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            tokens = self.tokenizer.apply_chat_template(list(prompt))
-        else:
-            tokens = list(prompt)
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self.tokenizer.apply_chat_template(list(prompt))
+        return list(prompt)
+
+    def _request(self, tokens: list[int], **params):
+        from tpmpi.sampling import SamplingParams
         if params.get('max_new_tokens') is None:
             room = self.config.max_positions - len(tokens)
             limit = self.engine.run.context is None and room > 0
@@ -72,11 +77,11 @@ class LLM:
         return request
 
     def generate(self, prompt, **params):
-        """Run a prompt to its end; the result holds `tokens`, `text`, `finish_reason`, `timing` and more."""
+        """Run a prompt to its end; the result holds `tokens`, `finish_reason`, `timing`, and on rank 0 `text` and more."""
         return self.engine.generate(self.request(prompt, **params))
 
     def stream(self, prompt, **params) -> Iterator[str]:
-        """The text of a prompt's continuation, piece by piece.  All ranks must consume it alike."""
+        """The text of a prompt's continuation, piece by piece, on rank 0; every rank must consume its stream."""
         yield from self.engine.stream(self.request(prompt, **params))
 
 
@@ -100,7 +105,6 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     from tpmpi.kernels import reference
     from tpmpi.model import load_model
     from tpmpi.sharding import shard
-    from tpmpi.tokenizer import Tokenizer
 
     def open_all():
         run = RunConfig(context, chunk, block, kv, device, verify)
@@ -108,9 +112,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         if context is not None and context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
         opened = devices.open_device(device, session.local_rank, session.local_size)
-        data = reader.tokenizer
-        tokenizer = Tokenizer(data.tokenizer_json, data.chat_template, data.bos_token_id, data.eos_token_ids)
-        return run, reader, opened, tokenizer
+        return run, reader, opened, _tokenizer(reader) if session.comm.rank == 0 else None
 
     session.watch.phase = 'load'
     run, reader, opened, tokenizer = session.agreed(open_all)
@@ -134,6 +136,13 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
             tracer.phase = phase
 
     return LLM(session, Engine(weights, tokenizer, opened, ops, comm, run, on_phase), tracer)
+
+
+def _tokenizer(reader):
+    """The tokenizer of a model file; a large one takes a quarter of a second and 40 MB, so rank 0 alone has one."""
+    from tpmpi.tokenizer import Tokenizer
+    data = reader.tokenizer
+    return Tokenizer(data.tokenizer_json, data.chat_template, data.bos_token_id, data.eos_token_ids)
 
 
 def _return_freed_memory() -> None:

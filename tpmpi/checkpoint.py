@@ -190,6 +190,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self._tensors: dict[str, tuple[h5py.Dataset, str]] = {}
         self._open()
         try:
             with self._damage_is_an_error():
@@ -296,6 +297,12 @@ class CheckpointReader:
             return self._checked(self.specs[name])[1]
 
     def _checked(self, spec: TensorSpec) -> tuple[h5py.Dataset, str]:
+        """A tensor's dataset and kind, checked when first asked for."""
+        if spec.name not in self._tensors:
+            self._tensors[spec.name] = self._check(spec)
+        return self._tensors[spec.name]
+
+    def _check(self, spec: TensorSpec) -> tuple[h5py.Dataset, str]:
         dataset = self._dataset(spec.name)
         if dataset.shape != spec.shape:
             raise CheckpointError(f'{self.path}: tensor {spec.name} is {list(dataset.shape)}; '
@@ -356,7 +363,7 @@ def attributes(thing: h5py.HLObject) -> dict:
     """The attributes of a group or dataset: numbers, truth values, texts of fixed length, arrays of numbers.
 
     Variable-length values are refused unread: they lie in HDF5's global heap, and the library has been seen to loop for
-    ever over a damaged one.
+    ever over a damaged one.  Raises TypeError for them.
     """
     values = {}
     for name in thing.attrs:
@@ -364,10 +371,10 @@ def attributes(thing: h5py.HLObject) -> dict:
         kind = attribute.get_type()
         plain = isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID))
         if not plain or isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
-            raise CheckpointError(f'attribute {name} of {thing.name} is of a type that model files do not have')
+            raise TypeError(f'attribute {name} of {thing.name} is of a type that model files do not have')
         size = int(np.prod(attribute.shape, dtype=object)) * kind.get_size()
         if size > MAX_TEXT:
-            raise CheckpointError(f'attribute {name} of {thing.name} has {size} bytes')
+            raise TypeError(f'attribute {name} of {thing.name} has {size} bytes')
         value = thing.attrs[name]
         value = value.item() if isinstance(value, np.generic) else value
         values[name] = value.decode() if isinstance(value, bytes) else value

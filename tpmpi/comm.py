@@ -7,7 +7,7 @@ BLAS threads, before NumPy starts them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 
 import mpi4py
 from mpi4py import MPI
@@ -85,11 +85,19 @@ class Communicator:
 
     def exchange(self, value) -> list:
         """The values of all ranks, on all ranks."""
+        self._arrive()
         return self.mpi_comm.allgather(value)
 
     def share(self, value):
         """Rank 0's value, on all ranks."""
+        self._arrive()
         return self.mpi_comm.bcast(value)
+
+    def _arrive(self) -> None:
+        """Wait for all ranks, asleep: MPI waits by polling, and would take cores from ranks that are still loading."""
+        everyone = self.mpi_comm.Ibarrier()
+        while not everyone.Test():
+            sleep(5e-4)
 
     def agree(self, error: BaseException | None) -> None:
         """Return if no rank has an error; otherwise raise the lowest such rank's as GroupError, on all ranks alike."""

@@ -1,7 +1,7 @@
 """Generation: prefill a prompt in chunks, then one token a step, on all ranks in step.
 
-Every rank runs the same loop on its own shard.  Rank 0 chooses each token, knows the text, and broadcasts
-(token, whether to go on); nothing else is decided anywhere.
+Every rank runs the same loop on its own shard.  Rank 0 alone has the tokenizer: it chooses each token, knows the text,
+and broadcasts (token, whether to go on); nothing else is decided anywhere.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Timing:
 
 @dataclass
 class Request:
-    """One prompt and what has become of it.  Log-probabilities of alternatives are known on rank 0 only."""
+    """One prompt and what has become of it.  Text and log-probabilities are known on rank 0 only, tokens on all."""
 
     prompt_tokens: list[int]
     params: SamplingParams
@@ -78,8 +78,28 @@ class StopText:
         return shown
 
 
+class TextStream:
+    """Tokens to the text that may be shown: whole characters, and nothing of a stop text."""
+
+    def __init__(self, tokenizer, stops: Sequence[str]):
+        self.decoder, self.stop_text = StreamDecoder(tokenizer), StopText(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop text has come."""
+        return self.stop_text.found
+
+    def push(self, token: int) -> str:
+        """The text that can be shown after one more token."""
+        return self.stop_text.push(self.decoder.push(token))
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come."""
+        return '' if self.stopped else self.stop_text.push(self.decoder.flush()) + self.stop_text.flush()
+
+
 class Engine:
-    """Runs requests on a model shard.  All ranks call the same methods with the same arguments."""
+    """Runs requests on a model shard.  All ranks call the same methods; only rank 0 has a tokenizer, others None."""
 
     def __init__(self, model: ModelShard, tokenizer, device, ops, comm, run: RunConfig,
                  on_phase: Callable[[str], None] = lambda phase: None):
@@ -103,16 +123,16 @@ class Engine:
         return Request(tokens, params, id)
 
     def stream(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Run a request, yielding text as it is made: whole characters only, the same on every rank.
+        """Run a request, yielding text as it is made, whole characters only, on rank 0; on the others nothing.
 
-        `cancelled` is asked on rank 0 before each token; when it says yes, all ranks stop.  All ranks must consume the
-        stream alike: they meet in every step.
+        `cancelled` is asked on rank 0 before each token; when it says yes, all ranks stop.  Every rank must consume its
+        stream to the end: they meet in every step.
         """
         params, timing = request.params, request.timing
         cache, ring = self._new_ring(len(request.prompt_tokens) + params.max_new_tokens)
         vocab = self.model.shard.vocab
         sampler = Sampler(params, vocab, self.model.config.vocab_size, self.ops, self.comm, request.id)
-        decoder, stop_text = StreamDecoder(self.tokenizer), StopText(params.stop)
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
         start = perf_counter()
         self.on_phase('prefill')
         hidden = self._prefill(request, cache, ring)
@@ -124,17 +144,13 @@ class Engine:
             choice = sampler.choose(row, history)
             piece = ''
             if choice is not None:  # rank 0
-                piece = stop_text.push(decoder.push(choice.token))
-                reason = self._reason(request, choice.token, stop_text.found, cancelled())
-            token, reason = self._broadcast(choice, reason)
-            if choice is None:
-                piece = stop_text.push(decoder.push(token))
-            else:
+                piece = text.push(choice.token)
+                reason = self._reason(request, choice.token, text.stopped, cancelled())
+                piece += text.flush() if reason != GO_ON else ''
                 request.choices.append(choice)
-            if reason != GO_ON and not stop_text.found:
-                piece += stop_text.push(decoder.flush()) + stop_text.flush()
+                request.text += piece
+            token, reason = self._broadcast(choice, reason)
             request.tokens.append(token)
-            request.text += piece
             history.append(token)
             self._clock(timing, start)
             if piece:

@@ -13,11 +13,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpmpi import comm as mpi
 from tpmpi import launch
+from tpmpi.watch import Watch
 
 FAILED, USAGE = 1, 2  # exit codes
 
@@ -27,7 +29,7 @@ class Session:
     """What this rank was given."""
 
     comm: mpi.Communicator
-    watch: launch.Watch
+    watch: Watch
     host: str
     local_rank: int  # among the ranks of this node
     local_size: int
@@ -63,7 +65,7 @@ def start(threads: int | None = None) -> Session:
     threads = threads or launch.fair_threads(masks, local_rank, launch.cpu_quota(), os.environ)
     launch.set_blas_threads(threads)
     host = mpi.host_name()
-    watch = launch.Watch(comm.rank, comm.size, comm.exchange, mpi.abort)
+    watch = Watch(comm.rank, comm.size, comm.exchange, mpi.abort)
     return Session(comm, watch, host, local_rank, len(masks), threads)
 
 
@@ -74,7 +76,7 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
     body: the command itself.  An error that all ranks know (GroupError) is one line of the rank that had it; any other
     ends all ranks through the watch.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, also in the middle of a collective
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     world = mpi.Communicator()
     with contextlib.nullcontext() if world.rank == 0 else _silence():
         options = parse(sys.argv[1:] if argv is None else argv)
@@ -85,6 +87,7 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
     except launch.LaunchError as e:
         print(f'tpmpi: {e}', file=sys.stderr, flush=True)
         return FAILED
+    _end_on_interrupt(session.watch)
     try:
         code = body(session, options)
     except mpi.GroupError as e:
@@ -96,6 +99,17 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
         raise
     session.watch.close()
     return code
+
+
+def _end_on_interrupt(watch: Watch) -> None:
+    """Ctrl-C ends all ranks at once, also in the middle of a collective, where Python would not look at signals."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def wait():
+        signal.sigwait({signal.SIGINT})
+        watch.interrupted()
+
+    threading.Thread(target=wait, name='interrupt', daemon=True).start()
 
 
 def _silence():

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from tpmpi import checkpoint, comm, launch, run
+from tpmpi import checkpoint, comm, run, watch
 
 rank, phase, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 watches = []
@@ -39,7 +39,7 @@ def failing(function):
     return call
 
 
-launch.Watch.__init__ = noted(launch.Watch.__init__)
+watch.Watch.__init__ = noted(watch.Watch.__init__)
 if phase == 'load':
     checkpoint.CheckpointReader.read_rows = failing(checkpoint.CheckpointReader.read_rows)
 else:

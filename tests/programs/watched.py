@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from tpmpi.launch import Watch, check_world
+from tpmpi.launch import check_world
+from tpmpi.watch import Watch
 
 STRANGERS = (b'GET / HTTP/1.1\r\n\r\n' * 1000, b'', b'x' * 100_000, b'join \xff\n',
              b'join ' + b'0' * 64 + b' 1 somewhere\nphase start\n')
