@@ -15,7 +15,7 @@ from pathlib import Path
 from tpmpi import api, session
 from tpmpi.comm import Communicator
 
-DEMO_PROMPT = 'In the beginning'
+DEMO_PROMPT = 'The LORD is my shepherd'
 log = logging.getLogger('tpmpi')
 
 
@@ -165,6 +165,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
              s.comm.size, 's' * (s.comm.size > 1), s.threads, 's' * (s.threads > 1), s.local_size, llm.engine.device.name)
     system = [] if options.system is None else [{'role': 'system', 'content': options.system}]
     request = llm.request([*system, {'role': 'user', 'content': prompt}] if options.chat else prompt, **sampling)
+    if options.prompt is None and options.prompt_file is None:
+        log.info('no --prompt is given; this continues: %s', prompt)
     output = Output()
     for piece in llm.engine.stream(request, lambda: output.closed):
         if first and not options.json:
