@@ -39,8 +39,13 @@ def environment(**changes) -> dict[str, str]:
 def command(size: int, *arguments) -> list[str]:
     """The command line that runs Python on `size` ranks."""
     launcher = mpirun()
-    extra = ['--oversubscribe'] if 'Open MPI' in _version(launcher) else []
+    extra = ['--oversubscribe'] if is_open_mpi() else []
     return [launcher, '-n', str(size), *extra, sys.executable, *(a if isinstance(a, bytes) else str(a) for a in arguments)]
+
+
+def is_open_mpi() -> bool:
+    """The launcher is Open MPI's."""
+    return 'Open MPI' in _version(mpirun())
 
 
 def _version(launcher: str, _cache: dict = {}) -> str:  # noqa: B006  one look per session

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from ranks import environment, run_ranks
+from ranks import environment, is_open_mpi, run_ranks
 
 PROMPT = 'abc é 日本 🎉'
 RECITED = 'xé日🎉!'
@@ -26,6 +26,14 @@ def result(size, *arguments):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('\n') == 1
     return json.loads(done.stdout)
+
+
+def own_errors(stderr: str) -> list[str]:
+    """The error lines, without what Open MPI's mpirun adds of its own when an exit code is not 0."""
+    assert 'Traceback' not in stderr
+    noise = re.compile(r'(?s)-{60,}\nprterun .*?-{60,}\n')
+    lines = noise.sub('', stderr).splitlines()
+    return [line for line in lines if line and not line.startswith('tpmpi [') and 'PMIX ERROR' not in line]
 
 
 @pytest.fixture(scope='module')
@@ -75,9 +83,14 @@ def test_pieces_appear_while_the_run_goes_on(models):
         process.kill()
 
 
-def test_a_prompt_from_a_file_and_from_standard_input(reciter, tmp_path):
+def test_a_prompt_from_a_file(reciter, tmp_path):
     (tmp_path / 'prompt.txt').write_bytes(b'x')
     assert run(2, '--model', reciter, '--prompt-file', tmp_path / 'prompt.txt').stdout == RECITED[1:] + '\n'
+
+
+def test_a_prompt_from_standard_input(reciter):
+    if is_open_mpi():
+        pytest.skip("Open MPI 5.0's mpirun never ends a piped standard input: a bare `sys.stdin.read()` hangs under it too")
     assert run(2, '--model', reciter, '--prompt-file', '-', stdin=None, input='x').stdout == RECITED[1:] + '\n'
 
 
@@ -131,7 +144,7 @@ def test_bad_input_gets_one_line(models, arguments, message):
     if '--model' not in arguments:
         arguments = ['--model', models['nine_heads'][0], *arguments]
     done = run(2, *(a if isinstance(a, bytes) else str(a) for a in arguments), timeout=30)
-    errors = [line for line in done.stderr.splitlines() if not line.startswith('tpmpi [')]
+    errors = own_errors(done.stderr)
     assert done.returncode != 0 and done.stdout == ''
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
 
@@ -140,7 +153,7 @@ def test_a_gpu_that_is_not_there_is_one_line(models):
     done = run(2, '--model', models['nine_heads'][0], '--device', 'cuda', '--prompt', 'x')
     if done.returncode == 0:
         pytest.skip('there is a GPU')
-    assert len(done.stderr.splitlines()) == 1 and 'device cuda: ' in done.stderr
+    assert len(own_errors(done.stderr)) == 1 and 'device cuda: ' in done.stderr
 
 
 def test_help_and_version_are_printed_once():
@@ -155,7 +168,7 @@ def test_threads_are_the_rank_s_share_whatever_the_environment_says(models):
     code = ('import tpmpi.session as s, json; x = s.start(); import numpy, os; '
             'print(json.dumps([x.threads, os.environ["OPENBLAS_NUM_THREADS"], x.local_size]))')
     done = run_ranks(2, '-c', code, env=environment(OMP_NUM_THREADS='77', OPENBLAS_NUM_THREADS='77'))
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(part) for part in re.findall(r'\[[^]]*\]', done.stdout)]  # two ranks may share a line
     import os
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert len(found) == 2 and all(int(b) == t <= share and n == 2 for t, b, n in found)
