@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 
@@ -26,7 +27,7 @@ def random_checkpoint(folder, seed: int, bfloat16: bool) -> list[dict]:
     rng = random.Random(seed)
     kv_heads, group, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([8, 16, 24])
     config = LlamaConfig(
-        vocab_size=rng.choice([300, 333, 512]), hidden_size=8 * rng.randint(3, 12), num_hidden_layers=rng.randint(1, 3),
+        vocab_size=rng.choice([300, 333, 512]), hidden_size=kv_heads * group * rng.randint(4, 12), num_hidden_layers=rng.randint(1, 3),
         num_attention_heads=kv_heads * group, num_key_value_heads=kv_heads, head_dim=head_dim,
         intermediate_size=rng.randint(20, 400), max_position_embeddings=128, rms_norm_eps=rng.choice([1e-5, 1e-6]),
         rope_theta=rng.choice([1e4, 5e5]), tie_word_embeddings=rng.random() < 0.5, bos_token_id=None, eos_token_id=256)
@@ -35,11 +36,12 @@ def random_checkpoint(folder, seed: int, bfloat16: bool) -> list[dict]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1, 0.1) if parameter.ndim == 1 else parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    if bfloat16:
-        model = model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+            if bfloat16:
+                parameter.copy_(parameter.bfloat16())
+    # the model itself stays float32: to(bfloat16) would round its RoPE frequencies too, which are no weights
+    (copy.deepcopy(model).to(torch.bfloat16) if bfloat16 else model).save_pretrained(folder)
     (folder / 'tokenizer.json').write_text(tiny.byte_tokenizer())
-    model, cases = model.to(torch.float32), []
+    cases = []
     for length in (1, 2, 17, 60):
         ids, greedy = [rng.randrange(256) for _ in range(length)], []
         tokens = torch.tensor([ids])
