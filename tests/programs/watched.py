@@ -57,6 +57,7 @@ def end(how: str, watch: Watch) -> None:
     elif how == 'watchman':  # the only child of rank 0
         children = Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()
         os.kill(int(children[0]), signal.SIGKILL)
+        time.sleep(60)  # otherwise the run may be over before its loss is noticed
     elif how == 'leave':
         watch.close()
         MPI.Finalize()
