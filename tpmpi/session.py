@@ -102,11 +102,17 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
 
 
 def _end_on_interrupt(watch: Watch) -> None:
-    """Ctrl-C ends all ranks at once, also in the middle of a collective, where Python would not look at signals."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C ends all ranks at once, also in the middle of a collective, where Python would not look at signals.
+
+    The interpreter's own handler writes to a pipe at once, in whichever thread it runs, and this thread reads it.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda *_: None)
 
     def wait():
-        signal.sigwait({signal.SIGINT})
+        os.read(reading, 1)
         watch.interrupted()
 
     threading.Thread(target=wait, name='interrupt', daemon=True).start()
