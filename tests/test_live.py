@@ -27,7 +27,8 @@ def random_checkpoint(folder, seed: int, bfloat16: bool) -> list[dict]:
     rng = random.Random(seed)
     kv_heads, group, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([8, 16, 24])
     config = LlamaConfig(
-        vocab_size=rng.choice([300, 333, 512]), hidden_size=kv_heads * group * rng.randint(4, 12), num_hidden_layers=rng.randint(1, 3),
+        vocab_size=rng.choice([300, 333, 512]), hidden_size=kv_heads * group * rng.randint(4, 12),
+        num_hidden_layers=rng.randint(1, 3),
         num_attention_heads=kv_heads * group, num_key_value_heads=kv_heads, head_dim=head_dim,
         intermediate_size=rng.randint(20, 400), max_position_embeddings=128, rms_norm_eps=rng.choice([1e-5, 1e-6]),
         rope_theta=rng.choice([1e4, 5e5]), tie_word_embeddings=rng.random() < 0.5, bos_token_id=None, eos_token_id=256)
