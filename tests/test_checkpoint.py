@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,32 +17,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import PROGRAMS, environment, run_program
 
-from tpmpi.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter, TokenizerData, bfloat16_type
+from tpmpi.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter, TokenizerData
+from tpmpi.file_layout import bfloat16_type
 from tpmpi.sharding import rank_rows, shard, tensor_specs
-from tpmpi.weights import STORAGE, decode, encode
+from tpmpi.weights import WEIGHT_KINDS, Stored, decode, encode
 
+PACKAGE = Path(__file__).parent.parent
 CONFIG = tiny.NINE_HEADS
 KINDS = dict.fromkeys(tensor_specs(CONFIG), 'float32')
 
 
-@pytest.fixture(params=['float32', 'bfloat16'])
+@pytest.fixture(params=WEIGHT_KINDS)
 def stored(request, tmp_path):
     """A model file of each kind: (path, whole tensors)."""
     path = tmp_path / 'model.h5'
-    return path, tiny.write_model(path, CONFIG, request.param)
+    return path, tiny.write_model(path, tiny.GROUPS, request.param)
 
 
-def read_whole(reader, name):
-    spec, kind = reader.specs[name], reader.kind(name)
-    out = np.empty(spec.shape, STORAGE[kind])
-    reader.read_rows(name, range(spec.shape[0]), out, verify=True)
-    return decode(out, kind)
+@pytest.fixture(scope='module')
+def of_kinds(tmp_path_factory):
+    """The same by kind: {'float32': (path, whole tensors), ...}."""
+    folder = tmp_path_factory.mktemp('kinds')
+    return {kind: (folder / f'{kind}.h5', tiny.write_model(folder / f'{kind}.h5', tiny.GROUPS, kind)) for kind in WEIGHT_KINDS}
+
+
+def read_whole(reader, name, verify=True):
+    return decode(reader.read_rows(name, range(reader.specs[name].shape[0]), verify))
 
 
 def test_what_is_written_is_read(stored):
     path, tensors = stored
     with CheckpointReader(path) as reader:
-        assert reader.config == CONFIG
+        assert reader.config == tiny.GROUPS
         assert reader.tokenizer == TokenizerData(tiny.byte_tokenizer(), None, None, (256,))
         assert reader.provenance() == {'source': 'random'}
         for name, tensor in tensors.items():
@@ -49,15 +57,16 @@ def test_what_is_written_is_read(stored):
 
 @settings(max_examples=30, deadline=None)
 @given(place=st.integers(1, 14).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
-def test_any_rank_reads_its_rows(models, place):
-    path, config, tensors = models['nine_heads']
+@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+def test_any_rank_reads_its_rows(of_kinds, kind, place):
+    (path, tensors), config = of_kinds[kind], tiny.GROUPS
     rank, size = place
     with CheckpointReader(path) as reader:
         for name, spec in tensor_specs(config).items():
             rows = rank_rows(spec, shard(config, rank, size))
-            out = np.empty((len(rows), *spec.shape[1:]), np.float32)
-            reader.read_rows(name, rows, out, verify=True)
-            np.testing.assert_array_equal(out, tensors[name][rows.start:rows.stop])
+            found = reader.read_rows(name, rows, verify=True)
+            assert (found.kind, found.group_axis) == (kind if spec.is_matrix else 'float32', spec.group_axis)
+            np.testing.assert_array_equal(decode(found), tensors[name][rows.start:rows.stop])
 
 
 def test_other_programs_read_bfloat16_as_numbers(tmp_path):
@@ -76,22 +85,86 @@ def test_other_programs_read_bfloat16_as_numbers(tmp_path):
     np.testing.assert_allclose(numbers, tensors['layers/0/q'][5, :3], rtol=1e-6)
 
 
-def test_a_damaged_byte_is_found_by_the_rank_that_reads_it(stored):
-    path, _ = stored
+def a_stranger_decodes(dataset):
+    """A tensor by what the file says of itself alone: its attributes, and the datasets beside it."""
+    group, size, axis = (dataset.attrs[name] for name in ('kind', 'group', 'group_axis'))
+    scale, q = dataset.parent[dataset.name + '.scale'][...].astype('f4'), dataset[...]
+    assert size == 32 and scale.dtype == 'f4'
+    if group == b'int4':
+        whole = np.empty((len(q), 2 * q.shape[1]), 'f4')
+        whole[:, 0::2], whole[:, 1::2] = q % 16, q // 16
+        q = whole
+    values = q.astype('f4') * np.repeat(scale, size, axis)
+    if group == b'int4':
+        values += np.repeat(dataset.parent[dataset.name + '.offset'][...].astype('f4'), size, axis)
+    return values
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_other_programs_decode_integers_by_the_attributes(of_kinds, kind):
+    path, tensors = of_kinds[kind]
     with h5py.File(path) as f:
-        dataset = f['layers/1/up']
-        width = dataset.id.get_type().get_size() * CONFIG.hidden_size
-        at = dataset.id.get_offset() + 130 * width  # row 130: the third block of 64 columns
+        for name, tensor in tensors.items():
+            values = a_stranger_decodes(f[name]) if tensor.ndim == 2 else f[name][...]
+            np.testing.assert_array_equal(values, tensor)
+        assert f['layers/0/down.scale'].id.get_type() == h5py.h5t.IEEE_F16LE and f['layers/0/down.scale'].shape == (5, 64)
+
+
+@pytest.mark.parametrize(('kind', 'down'), [
+    ('int8', 'value = scale * q, q as it stands here; down.scale: one for each 32 rows of a column"'),
+    ('int4', 'value = scale * q + offset, q from 0 to 15: byte j of a row holds column 2j in its low four bits, column 2j + 1 in '
+             'its high four; down.scale and down.offset: one for each 32 rows of a column"')])
+def test_h5dump_says_how_integers_are_decoded(of_kinds, kind, down):
+    if shutil.which('h5dump') is None:
+        pytest.skip('h5dump is not installed (Debian: hdf5-tools)')
+    dump = subprocess.run(['h5dump', '-H', of_kinds[kind][0]], capture_output=True, text=True, check=True).stdout
+    assert 'format version 2' in dump and 'Version 2 adds matrices of integers' in dump and down in dump
+    assert f'"[i, j]: scale of q[i, 32j to 32j+31]; {down.partition(", q")[0]}"' in dump
+    assert '"[i, j]: scale of down[32i to 32i+31, j];' in dump
+
+
+def test_the_version_is_the_oldest_that_can_say_it(of_kinds):
+    for kind, (path, _) in of_kinds.items():
+        with h5py.File(path) as f:
+            assert f.attrs['format_version'] == (2 if kind.startswith('int') else 1)
+    with h5py.File(PACKAGE / 'data' / 'kjv.h5') as f:
+        assert f.attrs['format_version'] == 1
+    with CheckpointReader(PACKAGE / 'data' / 'kjv.h5') as reader:
+        assert {reader.read_rows(name, range(32), verify=True).kind for name in reader.specs} == {'float32', 'bfloat16'}
+
+
+def flip_bit(path, name, row):
+    with h5py.File(path) as f:
+        dataset = f[name]
+        at = dataset.id.get_offset() + row * dataset.id.get_type().get_size() * dataset.shape[1]
     with open(path, 'r+b') as f:
         f.seek(at)
         byte = f.read(1)
         f.seek(at)
         f.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_damaged_byte_is_found_by_the_rank_that_reads_it(stored):
+    path, _ = stored
+    flip_bit(path, 'layers/1/up', 130)  # row 130: the third block of 64 columns
     with CheckpointReader(path) as reader:
-        dtype = STORAGE[reader.kind('layers/1/up')]
-        reader.read_rows('layers/1/up', range(0, 128), np.empty((128, 36), dtype), verify=True)
+        reader.read_rows('layers/1/up', range(0, 128), verify=True)
         with pytest.raises(CheckpointError, match=r'layers/1/up, rows 128 to 191: checksum differs'):
-            reader.read_rows('layers/1/up', range(64, 200), np.empty((136, 36), dtype), verify=True)
+            reader.read_rows('layers/1/up', range(64, 160), verify=True)
+
+
+@pytest.mark.parametrize(('part', 'row', 'message'), [
+    ('up.scale', 130, r'up\.scale, rows 128 to 191'), ('down.offset', 4, r'down\.offset, rows 4 to 5')])
+def test_a_damaged_scale_is_found_too(tmp_path, part, row, message):
+    path = tmp_path / 'model.h5'
+    tiny.write_model(path, tiny.GROUPS, 'int4')
+    flip_bit(path, f'layers/1/{part}', row)
+    name = f'layers/1/{part.partition(".")[0]}'
+    with CheckpointReader(path) as reader:
+        reader.read_rows(name, range(0, 128), verify=True)
+        reader.read_rows(name, range(128, 160))
+        with pytest.raises(CheckpointError, match=message + ': checksum differs'):
+            reader.read_rows(name, range(64, 160), verify=True)
 
 
 def test_a_writer_that_fails_leaves_nothing_and_spares_what_was_there(tmp_path):
@@ -99,7 +172,7 @@ def test_a_writer_that_fails_leaves_nothing_and_spares_what_was_there(tmp_path):
     path.write_text('precious')
     with pytest.raises(CheckpointError, match='29 tensors are missing'), \
             CheckpointWriter(path, CONFIG, KINDS, TokenizerData(''), {}) as writer:
-        writer.write('embedding', np.zeros((300, 36), np.float32))
+        writer.write('embedding', encode(np.zeros((300, 36)), 'float32'))
         assert len(tensor_specs(CONFIG)) == 30
     assert [p.name for p in tmp_path.iterdir()] == ['model.h5'] and path.read_text() == 'precious'
 
@@ -107,16 +180,27 @@ def test_a_writer_that_fails_leaves_nothing_and_spares_what_was_there(tmp_path):
 def test_a_wrong_shape_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r'tensor embedding is \(2, 36\)'), \
             CheckpointWriter(tmp_path / 'm.h5', CONFIG, KINDS, TokenizerData(''), {}) as writer:
-        writer.write('embedding', np.zeros((2, 36), np.float32))
+        writer.write('embedding', encode(np.zeros((2, 36)), 'float32'))
+
+
+def test_the_wrong_kind_or_axis_is_not_written(tmp_path):
+    kinds = dict.fromkeys(tensor_specs(tiny.GROUPS), 'float32') | {'layers/0/down': 'int8'}
+    square = np.zeros((160, 64), np.float32)
+    with pytest.raises(CheckpointError, match='expected int8 along axis 0'), \
+            CheckpointWriter(tmp_path / 'm.h5', tiny.GROUPS, kinds, TokenizerData(''), {}) as writer:
+        writer.write('layers/0/down', encode(square, 'int8', 1))
+    with pytest.raises(CheckpointError, match='tensor layers/0/attn_norm cannot be int8: a vector'):
+        CheckpointWriter(tmp_path / 'm.h5', tiny.GROUPS, kinds | {'layers/0/attn_norm': 'int8'}, TokenizerData(''), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- files from elsewhere
 
 
-def load_all(path):
+def load_all(path, verify=True):
     with CheckpointReader(path) as reader:
         for name in reader.specs:
-            read_whole(reader, name)
+            read_whole(reader, name, verify)
 
 
 def replace(path, name, make):
@@ -185,8 +269,8 @@ def test_a_linked_group_is_refused(tmp_path):
     path = tmp_path / 'model.h5'
     tiny.write_model(path, CONFIG)
     with h5py.File(path, 'r+') as f:
-        f.move('layers/1', 'hidden')
-        f['layers/1'] = h5py.SoftLink('/hidden')
+        del f['layers/1']
+        f['layers/1'] = h5py.SoftLink('/layers/0')
     with pytest.raises(CheckpointError, match='layers/1 is a link to elsewhere'):
         load_all(path)
 
@@ -213,7 +297,7 @@ def cut(fraction):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (set_attribute('/', 'format_version', 2), 'format version 2; this tpmpi reads version 1'),
+    (set_attribute('/', 'format_version', 3), 'format version 3; this tpmpi reads 1 and 2'),
     (set_attribute('/', 'format', np.bytes_('other')), 'not a tpmpi model'),
     (set_attribute('config', 'hidden_size', 37), 'the configuration says'),
     (set_attribute('config', 'num_kv_heads', 2), 'cannot share'),
@@ -238,9 +322,98 @@ def test_a_bad_file_gets_one_line(tmp_path, change, message):
     assert str(path) in str(e.value) and '\n' not in str(e.value)
 
 
-def test_random_damage_never_does_worse_than_an_error(tmp_path):
+def test_the_numbers_of_a_group_may_be_any(tmp_path):
+    """-128 too, which our own encoder never gives."""
+    path = tmp_path / 'model.h5'
+    tensors = {name: encode(t, 'float32', int(not name.endswith(('attn_out', 'down'))))
+               for name, t in tiny.random_tensors(tiny.GROUPS).items()}
+    q = np.arange(-128, 128, dtype=np.int8).repeat(48).reshape(192, 64)
+    tensors['layers/0/q'] = Stored('int8', q, np.full((192, 2), 0.5, np.float16))
+    with CheckpointWriter(path, tiny.GROUPS, {n: s.kind for n, s in tensors.items()}, TokenizerData(''), {}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    with CheckpointReader(path) as reader:
+        np.testing.assert_array_equal(read_whole(reader, 'layers/0/q'), q * np.float32(0.5))
+
+
+def put(name, value):
+    def change(path):
+        with h5py.File(path, 'r+') as f:
+            f[name][1, 1] = value
+    return change
+
+
+def swap(name, make):
+    def change(path):
+        with h5py.File(path, 'r+') as f:
+            array = f[name][...]
+            del f[name]
+            group, leaf = f[name.rpartition('/')[0]], name.rpartition('/')[2]
+            make(group, leaf, array)
+    return change
+
+
+def add(name):
+    return lambda path: put_dataset(path, name)
+
+
+def put_dataset(path, name):
+    with h5py.File(path, 'r+') as f:
+        f[name] = np.zeros((192, 2), np.float16)
+
+
+DOWN, SCALE = 'layers/1/down', 'layers/1/down.scale'
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (delete(SCALE), 'tensor layers/1/down.scale is missing'), (delete('layers/0/q.offset'), 'layers/0/q.offset is missing'),
+    (put(SCALE, np.inf), 'layers/1/down.scale is not finite'), (put('layers/0/q.offset', np.nan), 'q.offset is not finite'),
+    (swap(SCALE, lambda g, n, a: g.create_dataset(n, data=a, chunks=True)), 'down.scale is chunked'),
+    (swap(SCALE, lambda g, n, a: g.create_dataset(n, data=a[:-1])), r'down.scale is \[4, 64\]; the configuration says'),
+    (swap(SCALE, lambda g, n, a: g.create_dataset(n, data=a.T)), r'down.scale is \[64, 5\]'),
+    (swap(SCALE, lambda g, n, a: g.create_dataset(n, data=a.astype('f4'))), 'down.scale is stored as float32; expected float16'),
+    (swap(SCALE, soft_link), 'down.scale is a link to elsewhere'), (swap(SCALE, external_link), 'is a link to elsewhere'),
+    (swap(SCALE, external), 'chunked, compressed, virtual or external'), (swap(SCALE, virtual), 'virtual or external'),
+    (swap(SCALE, unwritten), 'beyond the end of the file'), (swap(SCALE, lambda g, n, a: g.create_group(n)), 'is no dataset'),
+    (swap(DOWN, lambda g, n, a: g.create_dataset(n, data=a)), "attribute kind of tensor layers/1/down is None; expected 'int4'"),
+    (swap(DOWN, lambda g, n, a: g.create_dataset(n, data=a.astype('i2'))), 'stored as int16; expected float32 or bfloat16'),
+    (swap(DOWN, lambda g, n, a: g.create_dataset(n, data=a.view('i1'))), "is None; expected 'int8'"),
+    (set_attribute(DOWN, 'kind', np.bytes_('int8')), "kind of tensor layers/1/down is 'int8'; expected 'int4'"),
+    (set_attribute(DOWN, 'group', 16), 'attribute group of tensor layers/1/down is 16; expected 32'),
+    (set_attribute(DOWN, 'group_axis', 1), 'group_axis of tensor layers/1/down is 1; expected 0'),
+    (set_attribute(DOWN, 'group', np.arange(3000)), 'attribute group of tensor'),
+    (set_attribute('/', 'format_version', 1), 'tensor embedding is stored as uint8; expected float32 or bfloat16'),
+    (set_attribute('config', 'head_dim', 48), 'the configuration says'),
+    (add('layers/0/attn_norm.scale'), 'layers/0/attn_norm.scale does not belong to a tensor of this kind'),
+    (add('layers/0/q_bias'), "/layers/0 holds 'q_bias', which no tpmpi model has"), (add('lora'), "/ holds 'lora'"),
+    (add('layers/2/q'), "/layers holds '2'"),
+])
+def test_hostile_groups_are_refused(tmp_path, change, message):
+    path = tmp_path / 'model.h5'
+    tiny.write_model(path, tiny.GROUPS, 'int4')
+    change(path)
+    with pytest.raises(CheckpointError, match=message) as e:
+        load_all(path, verify=False)
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+def test_groups_that_ranks_would_cut_are_refused(tmp_path):
+    """A head_dim of 16: whole heads are no multiples of 32, though all rows together are."""
+    path, config = tmp_path / 'model.h5', dataclasses.replace(tiny.GROUPS, head_dim=16)
+    tiny.write_model(path, config, 'int8')
+    with h5py.File(path, 'r+') as f:
+        assert 'layers/0/attn_out.scale' not in f and 'layers/0/down.scale' in f
+        del f['layers/0/attn_out']
+        f['layers/0/attn_out'] = np.zeros((96, 64), np.int8)
+    with pytest.raises(CheckpointError, match='layers/0/attn_out is stored as int8, and cannot be: its 96 rows are split in '
+                       'units of 16, not in multiples of 32'):
+        load_all(path)
+
+
+@pytest.mark.parametrize('kind', ['float32', 'int4'])
+def test_random_damage_never_does_worse_than_an_error(tmp_path, kind):
     """Flipped bytes anywhere, half of them in the metadata: an error of ours, or the right shapes; no crash, no hang."""
-    tiny.write_model(tmp_path / 'good.h5', CONFIG)
+    tiny.write_model(tmp_path / 'good.h5', tiny.GROUPS, kind)
     done = subprocess.run([sys.executable, PROGRAMS / 'damage.py', tmp_path / 'good.h5', '200'], capture_output=True,
                           text=True, timeout=120, env=environment())
     assert done.returncode == 0 and int(done.stdout) > 50, done.stderr
@@ -256,20 +429,20 @@ def test_a_variable_length_attribute_is_refused_unread(tmp_path):
         load_all(path)
 
 
-def test_encode_matches_storage():
-    assert encode(np.ones(3, np.float32), 'bfloat16').dtype == STORAGE['bfloat16']
+@pytest.mark.parametrize(('size', 'kind', 'width'), [
+    (1, 'float32', 4), (2, 'float32', 4), (5, 'float32', 4), (5, 'int8', 1 + 2 / 32), (2, 'int4', 0.5 + 4 / 32)])
+def test_a_rank_reads_its_own_bytes_only(tmp_path, size, kind, width):
+    """Measured by the kernel, on a model of 15 MB; a straddling KV head is the only part that two ranks read.
 
-
-@pytest.mark.parametrize('size', [1, 2, 5])
-def test_a_rank_reads_its_own_bytes_only(tmp_path, size):
-    """Measured by the kernel, on a model of 15 MB; a straddling KV head is the only part that two ranks read."""
+    width: bytes of a weight in the file; in memory the reference kernels have 4.
+    """
     config = tiny.ModelConfig(vocab_size=8192, hidden_size=288, num_layers=4, num_heads=9, num_kv_heads=3, head_dim=32,
                               ffn_size=768, max_positions=64, tie_embeddings=True)
     path = tmp_path / 'model.h5'
-    tensors = tiny.write_model(path, config)
+    tensors = tiny.write_model(path, config, kind)
     report = run_program('bytes_read.py', size, path)
     for read, weights in report:
-        assert weights <= read <= weights + 100_000  # norms, metadata, tokenizer
+        assert weights * width / 4 <= read <= weights * width / 4 + 150_000  # norms, metadata, tokenizer
     held = sum(len(shard(config, rank, size).kv_heads) for rank in range(size))
     twice = (held - config.num_kv_heads) * 2 * config.num_layers * config.head_dim * config.hidden_size * 4
     assert sum(w for _, w in report) == sum(4 * t.size for t in tensors.values() if t.ndim == 2) + twice

@@ -13,7 +13,7 @@ from ranks import environment
 from references import FOLDER
 
 from tpmpi.checkpoint import CheckpointReader
-from tpmpi.weights import STORAGE, decode
+from tpmpi.weights import decode
 
 pytest.importorskip('safetensors', reason='safetensors is not installed (the test extra has it)')
 SOURCE = FOLDER / 'tiny_llama'
@@ -37,10 +37,7 @@ def source_bits() -> dict[str, np.ndarray]:
 
 def stored(path, name):
     with CheckpointReader(path) as reader:
-        kind, spec = reader.kind(name), reader.specs[name]
-        raw = np.empty(spec.shape, STORAGE[kind])
-        reader.read_rows(name, range(spec.shape[0]), raw, verify=True)
-        return kind, decode(raw, kind)
+        return reader.kind(name), decode(reader.read_rows(name, range(reader.specs[name].shape[0]), verify=True))
 
 
 @pytest.mark.parametrize(('options', 'kind'), [((), 'bfloat16'), (('--weights', 'float32'), 'float32')])
@@ -58,6 +55,32 @@ def test_the_tensors_are_the_source_s(tmp_path, options, kind):
         assert found == kind
         np.testing.assert_array_equal(tensor, expected.T if transposed else expected)
     assert stored(tmp_path / 'model.h5', 'layers/0/attn_norm')[0] == 'float32'
+
+
+def test_integers_that_do_not_fit_are_bfloat16_and_the_command_says_so(tmp_path):
+    """Rows of 36 are no whole groups; down and attn_out have units of 64 and of 8 rows, and 200 rows in all."""
+    done = run(SOURCE, tmp_path / 'model.h5', '--weights', 'int8')
+    lines = [line.removeprefix('tpmpi.convert: ') for line in done.stderr.splitlines()]
+    assert lines[:2] == ['bfloat16 -> bfloat16, exact: 23 tensors', 'bfloat16 -> float32, exact: 7 tensors']
+    assert 'q (3) is bfloat16 because int8 does not fit: 36 columns, no multiple of 32' in lines
+    why = 'its 200 rows are split in units of 64, not in multiples of 32'
+    assert f'down (3) is bfloat16 because int8 does not fit: {why}' in lines
+    assert stored(tmp_path / 'model.h5', 'layers/0/q')[0] == 'bfloat16'
+
+
+@pytest.mark.parametrize(('value', 'message'), [(np.nan, 'q_proj.weight: a weight is not a finite number'),
+                                                (1e7, 'q_proj.weight: a weight has the magnitude 1e+07; int8 reaches')])
+def test_weights_that_integers_cannot_hold_are_one_line(tmp_path, value, message):
+    from safetensors.numpy import save_file
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    change_config(hidden_size=64)(tmp_path / 'source')
+    tensors = {name: np.ones([64 if n == 36 else n for n in bits.shape], np.float32) for name, bits in source_bits().items()}
+    tensors['model.layers.1.self_attn.q_proj.weight'][5, 5] = value
+    save_file(tensors, tmp_path / 'source' / 'model.safetensors')
+    done = run(tmp_path / 'source', tmp_path / 'model.h5', '--weights', 'int8')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    assert not (tmp_path / 'model.h5').exists()
+    assert run(tmp_path / 'source', tmp_path / 'model.h5', '--weights', 'bfloat16').returncode == 0
 
 
 def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path):

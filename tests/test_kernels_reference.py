@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tpmpi.kernels import reference as ops
 from tpmpi.kv_cache import LayerCache, Ring
-from tpmpi.weights import decode_bfloat16, encode_bfloat16
+from tpmpi.weights import Stored, decode, decode_bfloat16, encode
 
 rng = np.random.default_rng(5)
 
@@ -23,7 +23,7 @@ def random(*shape):
 def packed(stored, transposed, pieces=1):
     weight = ops.new_weight(len(stored), stored.shape[1], transposed, 'float32', 'W')
     for part in np.array_split(np.arange(len(stored)), pieces):
-        ops.fill(weight, int(part[0]), stored[part], 'float32', transposed)
+        ops.fill(weight, int(part[0]), encode(stored[part], 'float32', 0 if transposed else 1))
     return weight
 
 
@@ -44,10 +44,31 @@ def test_linear_without_rows_is_zero_so_that_a_rank_without_heads_adds_nothing()
 
 
 def test_bfloat16_is_widened_when_it_is_packed():
-    bits = encode_bfloat16(random(8, 6))
+    stored = encode(random(8, 6), 'bfloat16')
     weight = ops.new_weight(8, 6, False, 'bfloat16', 'W')
-    ops.fill(weight, 0, bits, 'bfloat16', False)
-    np.testing.assert_array_equal(weight.data, decode_bfloat16(bits).T)
+    ops.fill(weight, 0, stored)
+    np.testing.assert_array_equal(weight.data, decode_bfloat16(stored.data).T)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+@pytest.mark.parametrize('transposed', [False, True])
+def test_integers_are_widened_when_they_are_packed(kind, transposed):
+    whole = encode(random(96, 64), kind, 0 if transposed else 1)
+    weight = ops.new_weight(96, 64, transposed, kind, 'W')
+    for rows in (slice(0, 32), slice(32, 96)):
+        groups = slice(rows.start // 32, rows.stop // 32) if transposed else rows
+        parts = {name: part[rows if name == 'data' else groups] for name, part in whole.parts.items()}
+        ops.fill(weight, rows.start, Stored(kind, **parts, group_axis=whole.group_axis))
+    np.testing.assert_array_equal(weight.data, decode(whole) if transposed else decode(whole).T)
+
+
+def test_joined_weights_lie_side_by_side():
+    parts = [packed(random(8, 24), False), ops.new_weight(0, 24, False, 'int8', 'W'), packed(random(5, 24), False)]
+    x, weight = random(3, 24), ops.join(parts)
+    assert ops.join(parts[:1]) is parts[0] and (weight.kind, weight.letter, weight.nbytes) == ('mixed', 'W', 4 * 24 * 13)
+    y = ops.linear(x, weight)
+    assert y.flags.c_contiguous
+    np.testing.assert_array_equal(y, np.concatenate([ops.linear(x, part) for part in parts], axis=1))
 
 
 def test_rms_norm():

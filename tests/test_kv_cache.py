@@ -76,7 +76,7 @@ def test_a_ring_has_room_for_what_a_chunk_still_needs(total, window, chunk):
 
 
 def test_blocks_are_given_once_and_come_back():
-    cache = KVCache(tiny.NINE_HEADS, shard(tiny.NINE_HEADS, 0, 2), 6, 8)
+    cache = KVCache(tiny.NINE_HEADS, shard(tiny.NINE_HEADS, 0, 2), 6, 8, ops)
     first, second = cache.allocate(17), cache.allocate(24)
     assert set(first.blocks) & set(second.blocks) == set() and len(first.blocks) == 3
     with pytest.raises(ValueError, match='0 free blocks of 8 positions; 1 are needed'):
@@ -90,6 +90,6 @@ def test_a_rank_caches_its_own_kv_heads_only(size):
     config = tiny.NINE_HEADS
     for rank in range(size):
         part = shard(config, rank, size)
-        cache = KVCache(config, part, 4, 16, 'bfloat16')
+        cache = KVCache(config, part, 4, 16, ops, 'bfloat16')
         assert cache.nbytes == 2 * config.num_layers * len(part.kv_heads) * 4 * 16 * config.head_dim * 2
         assert all(layer.k.shape == (len(part.kv_heads), 64, config.head_dim) for layer in cache.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 import tiny
@@ -42,6 +43,66 @@ def test_shards_give_the_whole_model_s_logits_with_one_all_reduce_after_c_and_on
         assert straddling == (held - config.num_kv_heads) * kv_bytes
 
 
+KINDS = {
+    'int8': 'int8', 'int4': 'int4',
+    'mixed': lambda name: {'v': 'int8', 'gate': 'bfloat16', 'down': 'int8'}.get(name.rpartition('/')[2], 'int4'),
+    'unlike': lambda name: {'q': 'bfloat16', 'k': 'int4', 'v': 'float32', 'up': 'int8'}.get(name.rpartition('/')[2], 'int8')}
+
+
+@pytest.fixture(scope='module')
+def of_kinds(tmp_path_factory):
+    """Models of integers, and of kinds that differ within what is computed side by side: {name: (path, oracle's logits)}."""
+    folder = tmp_path_factory.mktemp('kinds')
+    return {name: (folder / f'{name}.h5', tiny.oracle_logits(
+        tiny.write_model(folder / f'{name}.h5', tiny.GROUPS, kind), tiny.GROUPS, TOKENS)) for name, kind in KINDS.items()}
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5])
+def test_shards_of_any_kind_give_the_logits_of_the_decoded_model(of_kinds, tmp_path, size):
+    """3 ranks cut GQA groups in two; with 5 the blocks of ffn, 64, 64 and 32 columns, do not suffice for all."""
+    out = tmp_path / 'out.npz'
+    run_program('shards.py', size, out, *(path for path, _ in of_kinds.values()))
+    found = np.load(out)
+    for name, (_, expected) in of_kinds.items():
+        np.testing.assert_allclose(found[name], expected, atol=3e-5 * np.abs(expected).max())
+
+
+def test_what_is_computed_side_by_side_may_differ_in_kind(of_kinds):
+    with CheckpointReader(of_kinds['unlike'][0]) as reader:
+        layer = load_model(reader, shard(tiny.GROUPS, 0, 2), ops).layers[0]
+    assert layer.qkv.kind == 'mixed' and [w.letter for w in layer.qkv.data] == ['W^Q', 'W^K', 'W^V']
+    assert layer.qkv.letter == 'W^Q W^K W^V' and layer.up.letter == 'W^C' and layer.up.kind != 'mixed'
+    assert layer.qkv.nbytes == 4 * 64 * 32 * (3 + 1 + 1)
+
+
+@pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8', 'int4'])
+@pytest.mark.parametrize('head_dim', [32, 16])
+def test_a_kind_chosen_at_loading_is_that_of_a_converted_file(tmp_path, weights, head_dim):
+    """Also where it does not fit attn_out, whose heads of 16 would cut groups."""
+    config = dataclasses.replace(tiny.GROUPS, head_dim=head_dim)
+    tiny.write_model(tmp_path / 'float32.h5', config)
+    tiny.write_model(tmp_path / 'converted.h5', config, weights)
+    part = shard(config, 1, 2)
+    with CheckpointReader(tmp_path / 'float32.h5') as reader:
+        chosen = load_model(reader, part, ops, weights=weights)
+    with CheckpointReader(tmp_path / 'converted.h5') as reader:
+        stored = load_model(reader, part, ops)
+        assert reader.kind('layers/0/attn_out') == ('bfloat16' if head_dim == 16 and 'int' in weights else weights)
+    for a, b in zip(chosen.layers, stored.layers, strict=True):
+        for name in ('qkv', 'attn_out', 'up', 'down'):
+            np.testing.assert_array_equal(getattr(a, name).data, getattr(b, name).data)
+    np.testing.assert_array_equal(chosen.embedding.data, stored.embedding.data)
+
+
+def test_weights_that_the_chosen_kind_cannot_hold_are_named(tmp_path):
+    tiny.write_model(tmp_path / 'model.h5', tiny.GROUPS)
+    with h5py.File(tmp_path / 'model.h5', 'r+') as f:
+        f['layers/1/up'][3, 3] = np.nan
+    with CheckpointReader(tmp_path / 'model.h5') as reader, \
+            pytest.raises(ValueError, match='tensor layers/1/up as int8: a weight is not a finite number'):
+        load_model(reader, shard(tiny.GROUPS, 0, 1), ops, weights='int8')
+
+
 @st.composite
 def configs(draw):
     kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -67,7 +128,7 @@ def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size
     def work(comm):
         with CheckpointReader(path) as reader:
             model = load_model(reader, shard(config, comm.rank, comm.size), ops)
-        cache = KVCache(config, model.shard, 2 * -(-sum(lengths) // 3), 3)
+        cache = KVCache(config, model.shard, 2 * -(-sum(lengths) // 3), 3, ops)
         rings, start, parts = [cache.allocate(sum(lengths)) for _ in range(2)], 0, []
         for count in lengths:
             tokens = np.concatenate([r[start:start + count] for r in requests])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpmpi.config import VOCAB_BLOCK, ModelConfig
-from tpmpi.sharding import QUERY_HEADS, REPLICATED, rank_rows, shard, split, tensor_specs
+from tpmpi.sharding import QUERY_HEADS, REPLICATED, rank_rows, shard, split, target_kind, tensor_specs
 
 
 @st.composite
@@ -74,6 +76,34 @@ def test_the_rows_read_cover_each_tensor_and_only_kv_heads_twice(config, size):
         assert len(rows) == len(set(rows)), spec.name
         if spec.sharded == QUERY_HEADS:
             assert all(len(run) % config.head_dim == 0 for run in runs)
+
+
+@settings(max_examples=200)
+@given(config=configs(), head_dim=st.sampled_from([8, 32, 48, 64]), ffn=st.sampled_from([32, 64, 96, 100, 320, 2080]),
+       hidden=st.sampled_from([32, 33, 36, 64]), size=st.integers(1, 40))
+def test_no_rank_cuts_a_group_of_integers(config, head_dim, ffn, hidden, size):
+    config = dataclasses.replace(config, head_dim=head_dim, ffn_size=ffn, hidden_size=hidden, ffn_block=0)
+    for spec in tensor_specs(config).values():
+        leaf = spec.name.rpartition('/')[2]
+        contraction = {'attn_out': head_dim, 'down': ffn}.get(leaf, hidden)
+        assert spec.group_axis == (0 if leaf in ('attn_out', 'down') else 1)
+        assert spec.fits('int8') == (spec.is_matrix and contraction % 32 == 0) and spec.fits('float32')
+        assert spec.fits('int4') == (spec.fits('int8') and hidden % 2 == 0)
+        for kind in ('int8', 'int4'):
+            assert spec.fits(kind) or spec.why_not(kind)
+        if spec.fits('int8') and spec.group_axis == 0:
+            rows = rank_rows(spec, shard(config, size // 2, size))
+            assert rows.start % 32 == rows.stop % 32 == 0
+
+
+def test_the_kind_that_a_tensor_gets():
+    specs = tensor_specs(ModelConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
+                                     ffn_size=64, max_positions=8))
+    q, attn_out, norm = (specs[name] for name in ('layers/0/q', 'layers/0/attn_out', 'final_norm'))
+    assert [target_kind(q, 'bfloat16', asked) for asked in (None, 'int4', 'float32')] == ['bfloat16', 'int4', 'float32']
+    assert [target_kind(attn_out, 'int4', asked) for asked in (None, 'int8', 'float32')] == ['float32', 'bfloat16', 'float32']
+    assert {target_kind(norm, 'float32', asked) for asked in (None, 'int8', 'bfloat16')} == {'float32'}
+    assert attn_out.why_not('int8') == 'its 32 rows are split in units of 16, not in multiples of 32'
 
 
 @pytest.mark.parametrize('size', [2, 3, 5, 7, 9, 12, 16])

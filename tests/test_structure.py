@@ -15,19 +15,19 @@ PACKAGE = Path(tpmpi.__file__).parent
 FLOORS = {
     'config': 0, 'weights': 0, 'sharding': 0,
     'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1, 'tokenizer': 1,
-    'chat_template': 1,
+    'chat_template': 1, 'file_layout': 1,
     'kv_cache': 2, 'model': 2,
     'sampling': 3, 'engine': 3, 'trace': 3,
-    'session': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, '__init__': 7,
+    'session': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, '__init__': 7,
 }
 # two modules of one floor that may know each other, and why
 NEIGHBOURS = {
-    ('sharding', 'config'), ('model', 'kv_cache'), ('engine', 'sampling'),  # facts, and parts of a larger whole
-    ('tokenizer', 'chat_template'),
+    ('sharding', 'config'), ('sharding', 'weights'),  # facts
+    ('model', 'kv_cache'), ('engine', 'sampling'), ('tokenizer', 'chat_template'), ('checkpoint', 'file_layout'),  # parts
 }
 THIRD_PARTY = {
-    'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'versions'}, 'cupy': {'device', 'versions'},
-    'tokenizers': {'tokenizer', 'formats'},
+    'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'file_layout', 'versions'}, 'cupy': {'device', 'versions'},
+    'tokenizers': {'tokenizer', 'formats'}, 'numba': {'kernels'}, 'llvmlite': {'kernels'},
     'jinja2': {'chat_template'}, 'safetensors': {'formats'}, 'gguf': {'formats'}, 'tqdm': {'convert'}, 'numpy': None,
 }
 FILES = sorted(p for p in PACKAGE.rglob('*.py') if 'data' not in p.relative_to(PACKAGE).parts)

@@ -8,7 +8,7 @@ import numpy as np
 
 from tpmpi.checkpoint import CheckpointWriter, TokenizerData
 from tpmpi.config import ModelConfig
-from tpmpi.sharding import tensor_specs
+from tpmpi.sharding import target_kind, tensor_specs
 from tpmpi.weights import decode, encode
 
 NINE_HEADS = ModelConfig(vocab_size=300, hidden_size=36, num_layers=3, num_heads=9, num_kv_heads=3, head_dim=8,
@@ -19,6 +19,8 @@ LITERAL = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=3,
 PARALLEL = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
                        ffn_size=320, max_positions=64, parallel_block=True, gated=False, activation='relu',
                        tie_embeddings=True)
+GROUPS = ModelConfig(vocab_size=300, hidden_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=160,
+                     ffn_block=64, max_positions=64)  # where integers fit everywhere, in a short last ffn block too
 CONFIGS = {'nine_heads': NINE_HEADS, 'literal': LITERAL, 'parallel': PARALLEL}
 
 
@@ -61,7 +63,7 @@ def write_reciter(path, text: str) -> None:
     kinds = dict.fromkeys(tensors, 'float32')
     with CheckpointWriter(path, config, kinds, TokenizerData(byte_tokenizer(), None, None, (256,)), {}) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            writer.write(name, encode(tensor, 'float32', writer.specs[name].group_axis))
 
 
 def byte_ids(text: str) -> list[int]:
@@ -71,15 +73,19 @@ def byte_ids(text: str) -> list[int]:
 
 
 def write_model(path, config: ModelConfig, kind: str = 'float32', seed: int = 0, eos=(256,)) -> dict[str, np.ndarray]:
-    """Write a random model file; returns the whole tensors that it holds, as float32."""
-    tensors = random_tensors(config, seed)
-    kinds = {name: kind if tensor.ndim == 2 else 'float32' for name, tensor in tensors.items()}
+    """Write a random model file; returns the whole tensors that it holds, as float32.
+
+    kind: of all matrices that it fits; the others are bfloat16.  A function gives each tensor its own, by its name.
+    """
+    tensors, specs = random_tensors(config, seed), tensor_specs(config)
+    of = kind if callable(kind) else lambda name: kind
+    kinds = {name: target_kind(spec, 'float32', of(name)) for name, spec in specs.items()}
     tokenizer = TokenizerData(byte_tokenizer(), None, None, eos)
     with CheckpointWriter(path, config, kinds, tokenizer, {'source': 'random'}) as writer:
         for name, tensor in tensors.items():
-            stored = encode(tensor, kinds[name])
+            stored = encode(tensor, kinds[name], specs[name].group_axis)
             writer.write(name, stored)
-            tensors[name] = decode(stored, kinds[name])
+            tensors[name] = decode(stored)
     return tensors
 
 

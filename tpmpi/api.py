@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from tpmpi import session as sessions
 from tpmpi.config import ConfigError, RunConfig
 
 DEFAULT_NEW_TOKENS = 128
+
+log = logging.getLogger(__name__)
 
 
 def bundled_model() -> Path:
@@ -86,12 +89,14 @@ class LLM:
 
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
-         kv: str = 'float32', chunk: int = 512, block: int = 64, verify: bool = False, session=None,
-         tracing: bool = False) -> LLM:
+         kv: str = 'float32', chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
+         kernels: str = 'auto', activations: str = 'float32', session=None, tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
     for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache.  verify: check the file's checksums.
+    weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
+    'reference' (NumPy, CuPy), or 'auto'.  activations: 'bfloat16' rounds them before they meet bfloat16 weights.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
     if session is None:
@@ -102,12 +107,11 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     from tpmpi import device as devices
     from tpmpi.checkpoint import CheckpointReader
     from tpmpi.engine import Engine
-    from tpmpi.kernels import reference
-    from tpmpi.model import load_model
+    from tpmpi.model import load_model, matrix_kinds
     from tpmpi.sharding import shard
 
     def open_all():
-        run = RunConfig(context, chunk, block, kv, device, verify)
+        run = RunConfig(context, chunk, block, kv, device, verify, weights, kernels, activations)
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if context is not None and context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
@@ -123,11 +127,12 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         comm = session.comm
         comm.synchronize, comm.staging = opened.synchronize, opened.staging
         part = shard(reader.config, comm.rank, comm.size)
-        weights = session.agreed(load_model, reader, part, reference, context, verify, opened.xp)
-    ops, tracer = reference, None
+        ops = _kernels(session, run, opened, matrix_kinds(reader, weights))
+        model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights)
+    tracer = None
     if tracing:
         from tpmpi.trace import Tracer
-        tracer = Tracer(reference, comm, opened.synchronize)
+        tracer = Tracer(ops, comm, opened.synchronize)
         ops, comm = tracer.ops, tracer.comm
 
     def on_phase(phase: str):
@@ -135,7 +140,40 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         if tracer is not None:
             tracer.phase = phase
 
-    return LLM(session, Engine(weights, tokenizer, opened, ops, comm, run, on_phase), tracer)
+    return LLM(session, Engine(model, tokenizer, opened, ops, comm, run, on_phase), tracer)
+
+
+def _kernels(session, run: RunConfig, device, kinds: set[str]):
+    """The kernel set of this run, ready: one rank of each node compiles what its cache lacks, the others wait."""
+    ops = session.agreed(_choose_kernels, session, run, device)
+    if not hasattr(ops, 'needed'):
+        return ops
+    needed = ops.needed(sorted(kinds), run.kv_dtype)
+    if session.local_rank == 0 and ops.missing(needed):
+        log.info('compiling kernels for this CPU, once, into %s: about half a minute', ops.folder)
+        session.agreed(ops.build, needed)
+    else:
+        session.comm.agree(None)
+    session.agreed(ops.build, needed)
+    return ops
+
+
+def _choose_kernels(session, run: RunConfig, device):
+    from tpmpi.kernels import reference
+    if device.name != 'cpu' or run.kernels == 'reference':
+        if run.kernels == 'cpu':
+            raise ConfigError(f'kernels cpu: the device is {device.name}; choose device cpu, or leave kernels out')
+        return reference
+    try:
+        from tpmpi.kernels.cpu import Kernels
+    except ImportError as e:
+        reason = ' '.join(str(e).split())
+        if run.kernels == 'cpu':
+            raise ConfigError(f'kernels cpu: Numba cannot be used ({reason}); pip install numba, or choose reference') from e
+        if session.comm.rank == 0:
+            log.warning('Numba cannot be used (%s): the slower NumPy kernels run; pip install numba', reason)
+        return reference
+    return Kernels(session.threads, run.activations)
 
 
 def _tokenizer(reader):

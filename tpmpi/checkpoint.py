@@ -1,6 +1,5 @@
-"""The HDF5 model file: write a model once, read any rank's part of it as contiguous bytes.
+"""The HDF5 model file: write a model once, read any rank's part of it as contiguous bytes.  See file_layout.py.
 
-Every tensor is one contiguous, unfiltered dataset with its sharded axis first, so that a rank's part is one byte range.
 The file explains itself: `h5dump -H` prints each tensor's comment, type and shape.
 
 A file from elsewhere is hostile until checked: links, external storage, virtual datasets and filters are refused, and
@@ -11,53 +10,36 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import reprlib
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from tpmpi.config import ConfigError, ModelConfig, model_config_from_dict
+from tpmpi.file_layout import (
+    ABOUT,
+    ABOUT_VERSION_2,
+    ALL_GROUP_PARTS,
+    FILE_TYPES,
+    FORMAT,
+    FORMAT_VERSIONS,
+    MAX_TEXT,
+    CheckpointError,
+    Part,
+    TokenizerData,
+    attributes,
+    crc32_blocks,
+    group_attributes,
+    group_members,
+    part_meaning,
+    reason,
+    tensor_parts,
+)
 from tpmpi.sharding import TensorSpec, tensor_specs
-from tpmpi.weights import STORAGE
-
-FORMAT, FORMAT_VERSION = 'tpmpi model', 1
-ABOUT = """\
-A transformer language model for tpmpi, format version 1: whole tensors, for any number of ranks.
-A matrix is stored with the axis first by which ranks split it: a rank's rows are one contiguous run.  So attn_out and
-down are [in, out], all others [out, in].  RoPE turns the pairs (i, i + head_dim/2) of the rows of each head of q and k.
-A 16-bit floating-point type is bfloat16, the upper half of an IEEE single.  crc32: zlib's, of each crc32_rows rows."""
-MAX_TEXT = 64 << 20  # bytes of tokenizer.json or chat template
-
-
-class CheckpointError(ValueError):
-    """A model file that cannot be read, or that contradicts itself."""
-
-
-def bfloat16_type() -> h5py.h5t.TypeID:
-    """bfloat16 as HDF5 describes it: 16 bits, sign 15, 8 exponent bits at 7 with bias 127, 7 mantissa bits at 0."""
-    t = h5py.h5t.IEEE_F32LE.copy()
-    t.set_fields(15, 7, 8, 0, 7)
-    t.set_size(2)
-    t.set_precision(16)
-    t.set_ebias(127)
-    return t
-
-
-FILE_TYPES = {'float32': h5py.h5t.IEEE_F32LE, 'bfloat16': bfloat16_type()}
-
-
-@dataclass(frozen=True)
-class TokenizerData:
-    """What the file says about text: the text of tokenizer.json, the chat template, and the special ids."""
-
-    tokenizer_json: str
-    chat_template: str | None = None
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
+from tpmpi.weights import GROUP_PARTS, Stored
 
 # ---- writing
 
@@ -66,39 +48,45 @@ class CheckpointWriter:
     """Writes a model file tensor by tensor under a temporary name; it gets its own name when it is whole.
 
         with CheckpointWriter(path, config, kinds, tokenizer, provenance) as writer:
-            writer.write('embedding', array)
+            writer.write('embedding', encode(array, kinds['embedding']))
 
-    kinds: how each tensor is stored.  HDF5 lays out the file first, with all metadata; the tensors' bytes then go
-    straight to their places, because HDF5 does not survive a disk that fills up under its caches.
+    kinds: how each tensor is stored; sources: a few words on where each came from.
+    HDF5 lays out the file first, with all metadata; the tensors' bytes then go straight to their places, because HDF5
+    does not survive a disk that fills up under its caches.
     Leaving the block with an error, or with a tensor missing, removes the temporary file.
     """
 
     def __init__(self, path: Path, config: ModelConfig, kinds: Mapping[str, str], tokenizer: TokenizerData,
-                 provenance: Mapping[str, str]):
+                 provenance: Mapping[str, str], sources: Mapping[str, str] | None = None):
         self.path, self.kinds, self.specs = Path(path), kinds, tensor_specs(config)
+        for name, spec in self.specs.items():
+            if not spec.fits(kinds[name]):
+                raise CheckpointError(f'{path}: tensor {name} cannot be {kinds[name]}: {spec.why_not(kinds[name])}')
+        self.parts = {name: tensor_parts(spec, kinds[name]) for name, spec in self.specs.items()}
         self.checksums: dict[str, np.ndarray] = {}
         self.temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
         try:
             self.file = h5py.File(self.temporary, 'x')
             with self.file:
-                self._lay_out(config, tokenizer, provenance)
-                self.offsets = {name: self.file[name].id.get_offset() for name in self.specs}
+                self._lay_out(config, tokenizer, provenance, sources or {})
+                paths = [part.path for parts in self.parts.values() for part in parts.values()]
+                self.offsets = {path: self.file[path].id.get_offset() for path in paths}
             self.descriptor = os.open(self.temporary, os.O_RDWR)
         except OSError as e:
             self.temporary.unlink(missing_ok=True)
-            raise CheckpointError(f'{self.path}: cannot be written ({_reason(e)})') from e
+            raise CheckpointError(f'{self.path}: cannot be written ({reason(e)})') from e
 
-    def _lay_out(self, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str]):
-        self.file.attrs.update({'format': np.bytes_(FORMAT), 'format_version': FORMAT_VERSION})
+    def _lay_out(self, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str],
+                 sources: Mapping[str, str]):
+        version = 2 if any(kind in GROUP_PARTS for kind in self.kinds.values()) else 1
+        self.file.attrs.update({'format': np.bytes_(FORMAT), 'format_version': version})
         for key, value in provenance.items():
             self.file.attrs[f'provenance_{key}'] = np.bytes_(value.encode() or b' ')
-        self._comment(self.file, ABOUT)
+        self._comment(self.file, ABOUT.format(version) + ABOUT_VERSION_2 * (version == 2))
         facts = self.file.create_group('config')
         self._comment(facts, 'one attribute per fact of the architecture (h5dump -A prints them)')
-        for field in fields(config):
-            value = getattr(config, field.name)
-            value = 'none' if value is None else value
-            facts.attrs[field.name] = np.bytes_(value) if isinstance(value, str) else value
+        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        self._describe(facts, {name: 'none' if value is None else value for name, value in values.items()})
         texts = self.file.create_group('tokenizer')
         self._comment(texts, "the bytes of Hugging Face's tokenizer.json and of a jinja2 chat template, UTF-8; special token ids")
         for name, text in (('tokenizer.json', tokenizer.tokenizer_json), ('chat_template', tokenizer.chat_template)):
@@ -108,42 +96,59 @@ class CheckpointWriter:
             texts.attrs['bos_token_id'] = tokenizer.bos_token_id
         texts.attrs['eos_token_ids'] = np.array(tokenizer.eos_token_ids, np.int64)
         for spec in self.specs.values():
-            self._create_tensor(spec, self.kinds[spec.name])
+            for name, part in self.parts[spec.name].items():
+                self._create(part, part_meaning(spec, self.kinds[spec.name], name))
+            self._describe(self.file[spec.name], group_attributes(spec, self.kinds[spec.name]))
+            if spec.name in sources:
+                self._describe(self.file[spec.name], {'source': sources[spec.name]})
+
+    @staticmethod
+    def _describe(thing: h5py.HLObject, values: Mapping):
+        """Attributes, a text as bytes of its length."""
+        thing.attrs.update({name: np.bytes_(value) if isinstance(value, str) else value for name, value in values.items()})
 
     @staticmethod
     def _comment(thing: h5py.HLObject, text: str):
         """A comment, which `h5dump -H` prints with the name, the type and the shape."""
         h5py.h5o.set_comment(thing.id, text.encode())
 
-    def _create_tensor(self, spec: TensorSpec, kind: str):
-        """An empty contiguous dataset whose place in the file is known at once, with its attributes."""
+    def _create(self, part: Part, meaning: str):
+        """An empty contiguous dataset whose place in the file is known at once, with its checksums to be filled in."""
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_layout(h5py.h5d.CONTIGUOUS)
         plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         links.set_create_intermediate_group(True)
-        space = h5py.h5s.create_simple(spec.shape)
-        h5py.h5d.create(self.file.id, spec.name.encode(), FILE_TYPES[kind], space, plist, links)
-        self._comment(self.file[spec.name], spec.meaning)
-        self.file[spec.name].attrs.update({
-            'crc32': np.zeros(-(-spec.shape[0] // spec.unit), np.uint32), 'crc32_rows': spec.unit})
+        space = h5py.h5s.create_simple(part.shape)
+        h5py.h5d.create(self.file.id, part.path.encode(), part.file_type, space, plist, links)
+        self._comment(self.file[part.path], meaning)
+        self.file[part.path].attrs.update({
+            'crc32': np.zeros(-(-part.shape[0] // part.crc32_rows), np.uint32), 'crc32_rows': part.crc32_rows})
 
-    def write(self, name: str, data: np.ndarray):
-        """Write one whole tensor.  data: as stored (see TensorSpec.shape), float32 or the bits of bfloat16."""
+    def write(self, name: str, stored: Stored):
+        """Write one whole tensor, of the kind that was announced, in the shape and with the group_axis of its TensorSpec."""
         spec, kind = self.specs[name], self.kinds[name]
-        if data.shape != spec.shape or data.dtype != STORAGE[kind]:
-            raise CheckpointError(f'tensor {name} is {data.shape} {data.dtype}; '
-                                  f'expected {spec.shape} {STORAGE[kind]} for {kind}')
-        data = np.ascontiguousarray(data)
-        view, at = memoryview(data).cast('B'), self.offsets[name]
+        if stored.kind != kind or stored.group_axis != spec.group_axis:
+            raise CheckpointError(f'tensor {name} is {stored.kind} with groups along axis {stored.group_axis}; '
+                                  f'expected {kind} along axis {spec.group_axis}')
+        for part_name, data in stored.parts.items():
+            part = self.parts[name][part_name]
+            if data.shape != part.shape or data.dtype != part.dtype:
+                raise CheckpointError(f'tensor {part.path} is {data.shape} {data.dtype}; '
+                                      f'expected {part.shape} {part.dtype} for {kind}')
+            self._write(part, np.ascontiguousarray(data))
+
+    def _write(self, part: Part, data: np.ndarray):
+        view, at = memoryview(data).cast('B'), self.offsets[part.path]
         while view:
             try:
                 written = os.pwrite(self.descriptor, view, at)
             except OSError as e:
-                raise CheckpointError(f'{self.path}: {e.strerror} while writing tensor {name}; nothing was left behind') from e
+                raise CheckpointError(
+                    f'{self.path}: {e.strerror} while writing tensor {part.path}; nothing was left behind') from e
             view, at = view[written:], at + written
-        self.checksums[name] = _crc32_blocks(data, spec.unit)
+        self.checksums[part.path] = crc32_blocks(data, part.crc32_rows)
 
     def __enter__(self):
         return self
@@ -157,7 +162,7 @@ class CheckpointWriter:
             if kind is None:
                 self._finish()
         except OSError as e:
-            raise CheckpointError(f'{self.path}: {_reason(e)} while writing; nothing was left behind') from e
+            raise CheckpointError(f'{self.path}: {reason(e)} while writing; nothing was left behind') from e
         finally:
             os.close(self.descriptor)
             self.temporary.unlink(missing_ok=True)
@@ -166,8 +171,8 @@ class CheckpointWriter:
         """Put the checksums in their places, wait for the disk, and give the file its name."""
         os.fsync(self.descriptor)
         with h5py.File(self.temporary, 'r+') as file:
-            for name, checksums in self.checksums.items():
-                file[name].attrs.modify('crc32', checksums)
+            for path, checksums in self.checksums.items():
+                file[path].attrs.modify('crc32', checksums)
         os.fsync(self.descriptor)
         os.replace(self.temporary, self.path)
         directory = os.open(self.path.parent, os.O_RDONLY)
@@ -175,11 +180,6 @@ class CheckpointWriter:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def _crc32_blocks(data: np.ndarray, unit: int) -> np.ndarray:
-    """CRC-32 of each block of `unit` rows, which no rank count cuts."""
-    return np.array([zlib.crc32(data[i:i + unit].data) for i in range(0, len(data), unit)], np.uint32)
 
 
 # ---- reading
@@ -190,7 +190,8 @@ class CheckpointReader:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._tensors: dict[str, tuple[h5py.Dataset, str]] = {}
+        self._tensors: dict[str, tuple[str, dict[str, tuple[Part, h5py.Dataset]]]] = {}  # those that have been checked
+        self._listed: set[str] = set()  # groups without strange members
         self._open()
         try:
             with self._damage_is_an_error():
@@ -201,13 +202,14 @@ class CheckpointReader:
             self.file.close()
             raise
         self.specs = tensor_specs(self.config)
+        self._members = group_members(self.specs)
 
     def _open(self):
         try:
             with open(self.path, 'rb') as f:
                 self.length = os.fstat(f.fileno()).st_size
         except OSError as e:
-            raise CheckpointError(f'{self.path}: {_reason(e)}; give the path of a model file made by '
+            raise CheckpointError(f'{self.path}: {reason(e)}; give the path of a model file made by '
                                   f'python -m tpmpi.convert') from e
         if not h5py.is_hdf5(self.path):
             raise CheckpointError(f'{self.path}: not an HDF5 file; make a model file with python -m tpmpi.convert')
@@ -219,7 +221,7 @@ class CheckpointReader:
         try:
             self.file = h5py.File(h5py.h5f.open(os.fsencode(self.path), h5py.h5f.ACC_RDONLY, access))
         except OSError as e:
-            raise CheckpointError(f'{self.path}: damaged or cut short ({_reason(e)}); copy or convert it again') from e
+            raise CheckpointError(f'{self.path}: damaged or cut short ({reason(e)}); copy or convert it again') from e
 
     @contextlib.contextmanager
     def _damage_is_an_error(self):
@@ -229,16 +231,16 @@ class CheckpointReader:
         except CheckpointError:
             raise
         except (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as e:
-            raise CheckpointError(f'{self.path}: damaged, or not a tpmpi model file ({_reason(e)})') from e
+            raise CheckpointError(f'{self.path}: damaged, or not a tpmpi model file ({reason(e)})') from e
 
     def _check_format(self):
         attrs = attributes(self.file)
         if attrs.get('format') != FORMAT:
             raise CheckpointError(f'{self.path}: an HDF5 file, but not a {FORMAT}; make one with python -m tpmpi.convert')
-        version = int(attrs['format_version'])
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f'{self.path}: format version {version}; this tpmpi reads version {FORMAT_VERSION}, '
-                                  f'update tpmpi or convert the model again')
+        self.version = int(attrs['format_version'])
+        if self.version not in FORMAT_VERSIONS:
+            raise CheckpointError(f'{self.path}: format version {self.version}; this tpmpi reads '
+                                  f'{" and ".join(map(str, FORMAT_VERSIONS))}, update tpmpi or convert the model again')
 
     def _read_config(self) -> ModelConfig:
         facts = attributes(self._group('config'))
@@ -292,57 +294,98 @@ class CheckpointReader:
         return dataset
 
     def kind(self, name: str) -> str:
-        """How a tensor is stored: a key of weights.STORAGE."""
+        """How a tensor is stored: one of weights.WEIGHT_KINDS."""
         with self._damage_is_an_error():
-            return self._checked(self.specs[name])[1]
+            return self._checked(self.specs[name])[0]
 
-    def _checked(self, spec: TensorSpec) -> tuple[h5py.Dataset, str]:
-        """A tensor's dataset and kind, checked when first asked for."""
+    def _checked(self, spec: TensorSpec) -> tuple[str, dict[str, tuple[Part, h5py.Dataset]]]:
+        """A tensor's kind and datasets, checked when first asked for."""
         if spec.name not in self._tensors:
             self._tensors[spec.name] = self._check(spec)
         return self._tensors[spec.name]
 
-    def _check(self, spec: TensorSpec) -> tuple[h5py.Dataset, str]:
-        dataset = self._dataset(spec.name)
-        if dataset.shape != spec.shape:
-            raise CheckpointError(f'{self.path}: tensor {spec.name} is {list(dataset.shape)}; '
-                                  f'the configuration says {list(spec.shape)}')
-        for kind, file_type in FILE_TYPES.items():
-            if dataset.id.get_type() == file_type:
-                return dataset, kind
-        raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {dataset.dtype}; '
-                              f'expected {" or ".join(FILE_TYPES)}')
+    def _check(self, spec: TensorSpec) -> tuple[str, dict[str, tuple[Part, h5py.Dataset]]]:
+        dataset, known = self._dataset(spec.name), [k for k in FILE_TYPES if k not in GROUP_PARTS or self.version > 1]
+        kind = next((k for k in known if dataset.id.get_type() == FILE_TYPES[k]), None)
+        if kind is None:
+            raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {dataset.dtype}; '
+                                  f'expected {" or ".join(known)}')
+        if not spec.fits(kind):
+            raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {kind}, and cannot be: {spec.why_not(kind)}')
+        if kind in GROUP_PARTS:
+            self._check_group_attributes(spec, attributes(dataset), group_attributes(spec, kind))
+        parts = {}
+        for name, part in tensor_parts(spec, kind).items():
+            dataset = self._dataset(part.path)
+            if dataset.shape != part.shape:
+                raise CheckpointError(f'{self.path}: tensor {part.path} is {list(dataset.shape)}; '
+                                      f'the configuration says {list(part.shape)}')
+            if dataset.id.get_type() != part.file_type:
+                raise CheckpointError(f'{self.path}: tensor {part.path} is stored as {dataset.dtype}; expected {part.dtype}')
+            parts[name] = part, dataset
+        self._refuse_strangers(spec, parts)
+        return kind, parts
 
-    def read_rows(self, name: str, rows: range, out: np.ndarray, verify: bool = False):
-        """Read rows of a tensor into `out`, as stored.  out: [len(rows), ...], C-contiguous, the kind's storage dtype.
+    def _check_group_attributes(self, spec: TensorSpec, found: Mapping, expected: Mapping):
+        for name, value in expected.items():
+            if not np.array_equal(found.get(name), value):
+                short = reprlib.repr(found.get(name))
+                raise CheckpointError(f'{self.path}: attribute {name} of tensor {spec.name} is {short}; expected {value!r}')
+
+    def _refuse_strangers(self, spec: TensorSpec, parts: Collection[str]):
+        """Nothing lies beside a tensor that would have to change the result: parts of another kind, unknown tensors."""
+        for name in ALL_GROUP_PARTS:
+            if name not in parts and self.file.get(f'{spec.name}.{name}', getlink=True) is not None:
+                raise CheckpointError(f'{self.path}: {spec.name}.{name} does not belong to a tensor of this kind')
+        group = spec.name
+        while group:
+            group = group.rpartition('/')[0]
+            if group not in self._listed:
+                strange = sorted(set(self.file[group or '/']) - self._members[group])
+                if strange:
+                    raise CheckpointError(f'{self.path}: /{group} holds {strange[0][:80]!r}, which no tpmpi model has')
+                self._listed.add(group)
+
+    def read_rows(self, name: str, rows: range, verify: bool = False) -> Stored:
+        """Some rows of a tensor, as stored.  Where groups run along the rows they must start and stop at a group's border.
 
         With `verify`, each whole checksum block among the rows is compared with the file's CRC-32.
         """
         spec = self.specs[name]
         with self._damage_is_an_error():
-            dataset, kind = self._checked(spec)
-            assert out.flags.c_contiguous and out.dtype == STORAGE[kind] and out.shape == (len(rows), *spec.shape[1:])
-            if not rows:
-                return
-            space = dataset.id.get_space()
-            space.select_hyperslab((rows.start, *(0,) * (out.ndim - 1)), out.shape)
-            dataset.id.read(h5py.h5s.create_simple(out.shape), space, out, mtype=FILE_TYPES[kind])
-            if verify:
-                self._verify(spec, dataset, rows, out)
+            kind, parts = self._checked(spec)
+            arrays = {part_name: self._read(part, dataset, rows, verify) for part_name, (part, dataset) in parts.items()}
+            for part_name in GROUP_PARTS.get(kind, ()):
+                if not np.isfinite(arrays[part_name]).all():
+                    raise CheckpointError(f'{self.path}: tensor {parts[part_name][0].path} is not finite for all of the rows '
+                                          f'{rows.start} to {rows.stop - 1} of {name}; copy or convert it again')
+        return Stored(kind, **arrays, group_axis=spec.group_axis)
 
-    def _verify(self, spec: TensorSpec, dataset: h5py.Dataset, rows: range, data: np.ndarray):
-        attrs = attributes(dataset)
-        if 'crc32' not in attrs or attrs.get('crc32_rows') != spec.unit:
-            raise CheckpointError(f'{self.path}: tensor {spec.name} has no checksums per {spec.unit} rows; convert it again')
-        first = -(-rows.start // spec.unit)
-        skip = first * spec.unit - rows.start
-        found = _crc32_blocks(data[skip:], spec.unit)
+    def _read(self, part: Part, dataset: h5py.Dataset, rows: range, verify: bool) -> np.ndarray:
+        """The rows of one dataset that belong to some rows of its tensor."""
+        assert rows.start % part.row == 0 and rows.stop % part.row == 0
+        start, stop = rows.start // part.row, rows.stop // part.row
+        out = np.empty((stop - start, *part.shape[1:]), part.dtype)
+        if out.size:
+            space = dataset.id.get_space()
+            space.select_hyperslab((start, *(0,) * (out.ndim - 1)), out.shape)
+            dataset.id.read(h5py.h5s.create_simple(out.shape), space, out, mtype=part.file_type)
+            if verify:
+                self._verify(part, dataset, start, out)
+        return out
+
+    def _verify(self, part: Part, dataset: h5py.Dataset, start: int, data: np.ndarray):
+        attrs, unit, stop = attributes(dataset), part.crc32_rows, start + len(data)
+        if 'crc32' not in attrs or attrs.get('crc32_rows') != unit:
+            raise CheckpointError(f'{self.path}: tensor {part.path} has no checksums per {unit} rows; convert it again')
+        first = -(-start // unit)
+        found = crc32_blocks(data[first * unit - start:], unit)
         stored = np.asarray(attrs['crc32'])[first:first + len(found)]
-        whole = len(found) if rows.stop == spec.shape[0] else (rows.stop - first * spec.unit) // spec.unit
+        whole = len(found) if stop == part.shape[0] else (stop - first * unit) // unit
         bad = np.flatnonzero(found[:whole] != stored[:whole])
         if len(bad):
-            at = (first + int(bad[0])) * spec.unit
-            raise CheckpointError(f'{self.path}: tensor {spec.name}, rows {at} to {at + spec.unit - 1}: '
+            at = (first + int(bad[0])) * unit
+            raise CheckpointError(f'{self.path}: tensor {part.path}, rows {at} to {at + unit - 1}: '
                                   f'checksum differs, the file is damaged; copy or convert it again')
 
     def provenance(self) -> dict[str, str]:
@@ -357,32 +400,3 @@ class CheckpointReader:
 
     def __exit__(self, *_):
         self.close()
-
-
-def attributes(thing: h5py.HLObject) -> dict:
-    """The attributes of a group or dataset: numbers, truth values, texts of fixed length, arrays of numbers.
-
-    Variable-length values are refused unread: they lie in HDF5's global heap, and the library has been seen to loop for
-    ever over a damaged one.  Raises TypeError for them.
-    """
-    values = {}
-    for name in thing.attrs:
-        attribute = h5py.h5a.open(thing.id, name.encode())
-        kind = attribute.get_type()
-        plain = isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID))
-        if not plain or isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
-            raise TypeError(f'attribute {name} of {thing.name} is of a type that model files do not have')
-        size = int(np.prod(attribute.shape, dtype=object)) * kind.get_size()
-        if size > MAX_TEXT:
-            raise TypeError(f'attribute {name} of {thing.name} has {size} bytes')
-        value = thing.attrs[name]
-        value = value.item() if isinstance(value, np.generic) else value
-        values[name] = value.decode() if isinstance(value, bytes) else value
-    return values
-
-
-def _reason(e: BaseException) -> str:
-    """The short reason of an error: what the system says, or HDF5's last words."""
-    if isinstance(e, OSError) and e.strerror:
-        return e.strerror
-    return str(e).splitlines()[0].strip() if str(e) else type(e).__name__

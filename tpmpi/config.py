@@ -9,6 +9,8 @@ ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu', 'identity')
 NORMS = ('rms', 'none')
 KV_DTYPES = ('float32', 'bfloat16')
 DEVICES = ('auto', 'cpu', 'cuda')
+WEIGHT_KINDS = ('float32', 'bfloat16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
+KERNELS = ('auto', 'cpu', 'reference')
 
 VOCAB_BLOCK = 64  # rows of the vocabulary that stay together on a rank
 LIMITS = {  # far above any real model: a hostile file must not make us allocate or loop for ever
@@ -107,6 +109,9 @@ class RunConfig:
     kv_dtype: str = 'float32'
     device: str = 'auto'
     verify: bool = False  # check the file's checksums while loading
+    weights: str | None = None  # kind of the matrices in memory; None: as in the file
+    kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy or CuPy; auto: cpu where there is Numba and no GPU
+    activations: str = 'float32'  # bfloat16: rounded before they meet bfloat16 weights
 
     def __post_init__(self):
         for name, low, high in (('chunk', 1, 1 << 16), ('block', 1, 1 << 16)):
@@ -115,7 +120,8 @@ class RunConfig:
                 raise ConfigError(f'{name} is {value}; expected {low} to {high}')
         if self.context is not None and self.context < 1:
             raise ConfigError(f'context is {self.context}; expected at least 1 position')
-        for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES)):
+        for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS), ('activations', KV_DTYPES),
+                            ('weights', (None, *WEIGHT_KINDS))):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')
 

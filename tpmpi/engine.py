@@ -175,7 +175,7 @@ class Engine:
             log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d',
                         total, self.run.context, self.run.context)
         blocks = -(-positions // self.run.block)
-        cache = KVCache(self.model.config, self.model.shard, blocks, self.run.block, self.run.kv_dtype, self.device.xp)
+        cache = KVCache(self.model.config, self.model.shard, blocks, self.run.block, self.ops, self.run.kv_dtype, self.device.xp)
         return cache, cache.allocate(positions)
 
     def _forward(self, tokens: np.ndarray, ring: Ring, start: int, cache: KVCache):

@@ -5,7 +5,8 @@ is moved: what no longer fits is overwritten in place, oldest first.  A single r
 is many rings on one pool.
 
 The pool is [kv_heads/n, blocks, block, head_dim] per layer, heads first, so that the keys of a head in consecutive
-blocks are one matrix and need no copy.  A rank holds its own KV heads only.
+blocks are one matrix and need no copy.  A rank holds its own KV heads only.  How the numbers of a head lie within the
+pool is the kernel set's business (its `new_cache`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROWS_PER_TILE = 128  # queries that attend together: short enough that causality
 
 
 class LayerCache(NamedTuple):
-    """One layer's K and V.  Each [kv_heads/n, slots, head_dim], float32 or the bits of bfloat16."""
+    """One layer's K and V.  Each [kv_heads/n, slots, head_dim] in the kernels' layout, float32 or the bits of bfloat16."""
 
     k: Any
     v: Any
@@ -103,17 +104,16 @@ class KVCache:
     Raises ValueError when a ring is asked for that the free blocks cannot hold.
     """
 
-    def __init__(self, config: ModelConfig, shard: Shard, num_blocks: int, block: int, kv_dtype: str = 'float32', xp=np):
-        shape = (config.num_layers, 2, len(shard.kv_heads), num_blocks * block, config.head_dim)
-        self.pool = xp.zeros(shape, xp.float32 if kv_dtype == 'float32' else xp.uint16)
-        self.layers = [LayerCache(pair[0], pair[1]) for pair in self.pool]
+    def __init__(self, config: ModelConfig, shard: Shard, num_blocks: int, block: int, ops, kv_dtype: str = 'float32', xp=np):
+        size = (len(shard.kv_heads), num_blocks * block, config.head_dim)
+        self.layers = [LayerCache(*ops.new_cache(*size, kv_dtype, xp)) for _ in range(config.num_layers)]
         self.block = block
         self.free = list(range(num_blocks))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pool on this rank."""
-        return self.pool.nbytes
+        return sum(array.nbytes for layer in self.layers for array in layer)
 
     def allocate(self, positions: int) -> Ring:
         """A ring with room for so many positions."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from tpmpi.config import ModelConfig
 from tpmpi.kv_cache import KVCache, LayerCache, Segment
-from tpmpi.sharding import Shard, rank_rows, tensor_specs
-from tpmpi.weights import STORAGE, Weight
+from tpmpi.sharding import Shard, TensorSpec, rank_rows, target_kind, tensor_specs
+from tpmpi.weights import Weight, decode, recode
 
 READ_BYTES = 2 << 20  # a matrix is read and packed in pieces of this size, so that no second copy of it ever exists
 
@@ -142,41 +143,49 @@ def logits(hidden, model: ModelShard, ops):
 # ---- loading this rank's shard
 
 
-def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bool = False, xp=np) -> ModelShard:
+def matrix_kinds(reader, weights: str | None = None) -> set[str]:
+    """The kinds that a model's matrices have in memory; the arguments are load_model's."""
+    specs = tensor_specs(reader.config).values()
+    return {target_kind(spec, reader.kind(spec.name), weights) for spec in specs if spec.is_matrix}
+
+
+def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bool = False, xp=np,
+               weights: str | None = None) -> ModelShard:
     """Read this rank's rows of every tensor straight into the kernels' layout.
 
-    reader: a model file that is open (its `config`, `kind(name)` and `read_rows(name, rows, out, verify)`).
+    reader: a model file that is open (its `config`, `kind(name)` and `read_rows(name, rows, verify)`).
     context: positions that attention sees, at most; None sees all that the model sees.
+    weights: the kind of all matrices that can have it (see sharding.target_kind); None: as in the file.
     """
     config = reader.config
     specs = tensor_specs(config)
 
     def matrix(*names: str) -> Weight:
-        """The rows of one stored matrix, or of several side by side."""
-        parts = [(specs[name], rank_rows(specs[name], shard)) for name in names]
-        transposed = parts[0][0].transposed
-        kind = reader.kind(names[0])
-        letter = ' '.join(dict.fromkeys(spec.letter for spec, _ in parts))
-        weight = ops.new_weight(sum(len(r) for _, r in parts), config.hidden_size, transposed, kind, letter, xp)
+        """The rows of one stored matrix, or of several side by side; one packed matrix for each run of equal kinds."""
+        parts = [(specs[name], target_kind(specs[name], reader.kind(name), weights)) for name in names]
+        return ops.join([packed([spec for spec, _ in run], kind) for kind, run in groupby(parts, lambda part: part[1])])
+
+    def packed(parts: list[TensorSpec], kind: str) -> Weight:
+        rows = [rank_rows(spec, shard) for spec in parts]
+        letter = ' '.join(dict.fromkeys(spec.letter for spec in parts))
+        weight = ops.new_weight(sum(map(len, rows)), config.hidden_size, parts[0].transposed, kind, letter, xp)
         at = 0
-        for spec, rows in parts:
-            for piece in pieces(rows, spec.unit):
-                raw = np.empty((len(piece), config.hidden_size), STORAGE[reader.kind(spec.name)])
-                reader.read_rows(spec.name, piece, raw, verify)
-                ops.fill(weight, at, raw, reader.kind(spec.name), transposed)
+        for spec, run in zip(parts, rows, strict=True):
+            for piece in pieces(run, spec.unit):
+                stored = reader.read_rows(spec.name, piece, verify)
+                try:
+                    ops.fill(weight, at, recode(stored, kind))
+                except ValueError as e:  # what the kind cannot hold
+                    raise ValueError(f'tensor {spec.name} as {kind}: {e}') from e
                 at += len(piece)
         return weight
 
     def pieces(rows: range, unit: int) -> Iterator[range]:
-        step = unit * max(1, READ_BYTES // (4 * config.hidden_size * unit))  # whole units, so that checksums match
+        step = unit * max(1, READ_BYTES // (4 * config.hidden_size * unit))  # whole units: no checksum and no group is cut
         return (rows[i:i + step] for i in range(0, len(rows), step))
 
     def gain(name: str):
-        if name not in specs:
-            return None
-        raw = np.empty(specs[name].shape, STORAGE[reader.kind(name)])
-        reader.read_rows(name, range(len(raw)), raw, verify)
-        return xp.asarray(ops.decode(raw, reader.kind(name)))
+        return xp.asarray(decode(reader.read_rows(name, range(*specs[name].shape), verify))) if name in specs else None
 
     embedding = matrix('embedding')
     head = embedding if config.tie_embeddings else matrix('head')

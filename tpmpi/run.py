@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tpmpi import api, session
 from tpmpi.comm import Communicator
+from tpmpi.config import KERNELS, WEIGHT_KINDS
 
 DEMO_PROMPT = 'The LORD is my shepherd'
 log = logging.getLogger('tpmpi')
@@ -48,6 +49,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be repeated')
     p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
     p.add_argument('--kv', default='float32', choices=('float32', 'bfloat16'), help='element type of the KV cache')
+    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--activations', default='float32', choices=('float32', 'bfloat16'),
+                   help='bfloat16: round them before they meet bfloat16 weights')
+    p.add_argument('--kernels', default='auto', choices=KERNELS, help='cpu: compiled by Numba; reference: NumPy or CuPy')
     p.add_argument('--chunk', type=int, default=512, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
@@ -158,7 +163,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     s.agreed(SamplingParams, **sampling)  # a bad value is told before a large model is read
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
     llm = api.load(options.model, context=options.context, device=options.device, kv=options.kv, chunk=options.chunk,
-                   verify=options.verify, session=s, tracing=options.trace)
+                   verify=options.verify, weights=options.weights, kernels=options.kernels,
+                   activations=options.activations, session=s, tracing=options.trace)
     first, config = s.comm.rank == 0, llm.config
     log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',
              options.model or 'bundled model', config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,

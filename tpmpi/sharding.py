@@ -12,9 +12,11 @@ This is the only place that divides.  Computing asks `shard(config, rank, size)`
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from tpmpi.config import VOCAB_BLOCK, ModelConfig
+from tpmpi.weights import GROUP, fits
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,25 @@ class TensorSpec:
         return len(self.shape) == 2
 
     @property
+    def group_axis(self) -> int:
+        """The contraction axis, along which the groups of the integer kinds run."""
+        return 0 if self.transposed else 1
+
+    def fits(self, kind: str) -> bool:
+        """Whether the tensor can be of a kind such that no rank's boundary cuts a group."""
+        return fits((math.gcd(*self.shape[:1], self.unit), *self.shape[1:]), kind, self.group_axis)
+
+    def why_not(self, kind: str) -> str:
+        """The reason where it does not fit."""
+        if not self.is_matrix:
+            return 'a vector'
+        if not self.transposed:
+            return f'{self.shape[1]} columns, no multiple of {GROUP}'
+        if math.gcd(self.shape[0], self.unit) % GROUP:
+            return f'its {self.shape[0]} rows are split in units of {self.unit}, not in multiples of {GROUP}'
+        return f'{self.shape[1]} columns, an odd number'
+
+    @property
     def meaning(self) -> str:
         """What a stranger must know to use the stored numbers."""
         if not self.is_matrix:
@@ -146,6 +167,19 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     if not config.tie_embeddings:
         specs.append(TensorSpec('head', '', (config.vocab_size, hidden), 'token id', VOCAB, VOCAB_BLOCK))
     return {s.name: s for s in specs}
+
+
+def target_kind(spec: TensorSpec, kind: str, asked: str | None) -> str:
+    """How a tensor of some kind is kept where `asked` is wanted of all matrices; None: as it is, as far as it fits.
+
+    What does not fit becomes bfloat16 where that is asked for, and float32, without loss, where nothing is.  Vectors are
+    float32: they are small, and every rank holds them.
+    """
+    if not spec.is_matrix:
+        return 'float32'
+    if spec.fits(asked or kind):
+        return asked or kind
+    return 'bfloat16' if asked else 'float32'
 
 
 def rank_rows(spec: TensorSpec, shard: Shard) -> range:

@@ -43,7 +43,7 @@ def run(path, counted):
     with CheckpointReader(path) as reader:
         config = reader.config
         model = load_model(reader, shard(config, comm.rank, comm.size), ops, verify=True)
-    cache = KVCache(config, model.shard, 8, 8)
+    cache = KVCache(config, model.shard, 8, 8, ops)
     ring, parts, calls = cache.allocate(64), [], []
     for start, count in CHUNKS:
         counted.calls.clear()

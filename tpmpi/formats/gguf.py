@@ -1,14 +1,16 @@
-"""Opens a GGUF file: llama.cpp's one-file format, its quantized tensors turned into float32 when they are read."""
+"""Opens a GGUF file: llama.cpp's one-file format.  Its quantized tensors become float32 or our groups when they are read."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from tpmpi.config import ConfigError
 from tpmpi.formats.families import GGUF, GGUF_WHERE, NEUTRAL_PREFIXES, Family, read_facts, short, their_name
+from tpmpi.formats.gguf_blocks import KINDS, stored_groups
 from tpmpi.formats.gguf_file import GgufHeader, GgufTensor, check_ranges, elements, read_header
 from tpmpi.formats.gguf_tokenizer import open_tokenizer
 from tpmpi.formats.source import BFLOAT16, Checkpoint, FormatError, TensorSource, match_tensors, read_numbers, sha256
@@ -91,8 +93,12 @@ def tensor_source(header: GgufHeader, tensor: GgufTensor, heads: int | None) -> 
     size = elements(tensor) // block * width
     row_bytes = tensor.dimensions[0] // block * width
     rows = elements(tensor) // max(1, tensor.dimensions[0])
-    load = functools.partial(load_tensor, header.path, tensor.offset, rows, row_bytes, kind, shape, heads)
-    return TensorSource(f'{header.path}: {tensor.name}', shape, STORED.get(kind.name, (kind.name,))[0], load), size
+    origin = f'{header.path}: {tensor.name}'
+    raw = functools.partial(read_rows, header.path, tensor.offset, rows, row_bytes, heads)
+    group_kinds = KINDS.get(kind.name, ()) if len(shape) == 2 else ()
+    return TensorSource(
+        origin, shape, STORED.get(kind.name, (kind.name,))[0], functools.partial(load_tensor, header.path, raw, kind, shape),
+        lambda ours: stored_groups(raw(), kind.name, ours, origin), group_kinds), size
 
 
 def type_of(tensor: GgufTensor, path: Path):
@@ -106,12 +112,15 @@ def type_of(tensor: GgufTensor, path: Path):
     return kind, *GGML_QUANT_SIZES[kind]
 
 
-def load_tensor(path: Path, offset: int, rows: int, row_bytes: int, kind, shape: tuple[int, ...], heads: int | None
-                ) -> np.ndarray:
-    """float32, float16 or bfloat16's bits as stored; any quantized type as float32."""
+def read_rows(path: Path, offset: int, rows: int, row_bytes: int, heads: int | None) -> np.ndarray:
+    """The rows of a tensor as bytes, those of q and k in Hugging Face's order.  [rows, bytes]"""
     raw = read_numbers(path, offset, rows * row_bytes, 'u1').reshape(rows, row_bytes)
-    if heads is not None:
-        raw = raw[half_rotation_rows(rows, heads)]
+    return raw if heads is None else raw[half_rotation_rows(rows, heads)]
+
+
+def load_tensor(path: Path, read: Callable[[], np.ndarray], kind, shape: tuple[int, ...]) -> np.ndarray:
+    """float32, float16 or bfloat16's bits as stored; any quantized type as float32."""
+    raw = read()
     if kind.name in STORED:
         return raw.view(STORED[kind.name][1]).reshape(shape)
     from gguf.quants import dequantize

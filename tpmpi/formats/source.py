@@ -12,6 +12,7 @@ import numpy as np
 
 from tpmpi.config import ModelConfig
 from tpmpi.sharding import tensor_specs
+from tpmpi.weights import Stored
 
 BFLOAT16 = 'bfloat16'
 JSON_LIMIT = 1 << 28  # bytes; the largest tokenizer.json in use is below 40 MB
@@ -29,6 +30,13 @@ class TensorSource:
     shape: tuple[int, ...]
     dtype: str  # 'float32', 'float16', 'bfloat16', or GGUF's name of a quantized type
     load: Callable[[], np.ndarray]  # uint16 bits where dtype is bfloat16; float16 or float32 otherwise
+    load_groups: Callable[[str], Stored] | None = None  # of a quantized type, as one of `group_kinds`
+    group_kinds: tuple[str, ...] = ()  # the integer kinds that hold its very numbers, the smallest first
+
+    @property
+    def exact_kinds(self) -> tuple[str, ...]:
+        """The kinds that hold the tensor without loss, the smallest first."""
+        return *self.group_kinds, *((BFLOAT16,) if self.dtype == BFLOAT16 else ()), 'float32'
 
     def read(self) -> np.ndarray:
         """The tensor as float32, read anew on each call.  Raises FormatError where the file is too short."""
@@ -42,6 +50,14 @@ class TensorSource:
         if self.dtype != BFLOAT16:
             raise FormatError(f'{self.origin} is {self.dtype}; only bfloat16 tensors have bfloat16 bits, use read()')
         return self.load()
+
+    def read_stored(self, kind: str) -> Stored:
+        """The tensor without loss in one of `exact_kinds`, [out, in].  Raises FormatError for any other kind."""
+        if kind not in self.exact_kinds:
+            raise FormatError(f'{self.origin} is {self.dtype}; without loss it can be {" or ".join(self.exact_kinds)}')
+        if kind in self.group_kinds:
+            return self.load_groups(kind)
+        return Stored(kind, self.read_bfloat16() if kind == BFLOAT16 else np.ascontiguousarray(self.read()))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ no sum across vector lanes (measured: 22 GB/s on a core, against 16 GB/s for [ou
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
-from tpmpi.weights import Weight, decode, decode_bfloat16, encode_bfloat16
+from tpmpi.weights import Stored, Weight, decode, decode_bfloat16, encode_bfloat16
 
 SCORES_PER_TILE = 1 << 20  # attention scores that exist at once: 4 MiB, which bounds memory and stays near the cache
 
@@ -32,14 +33,25 @@ def new_weight(rows: int, hidden_size: int, transposed: bool, kind: str, letter:
     return Weight(xp.empty(shape, xp.float32), 'float32', letter=letter)
 
 
-def fill(weight: Weight, at: int, raw: np.ndarray, kind: str, transposed: bool) -> None:
-    """Put stored rows into a packed matrix.  raw: [rows, hidden] in the file's storage; at: its first row's place."""
-    xp = namespace(weight.data)
-    values = xp.asarray(decode(raw, kind))
-    if transposed:
-        weight.data[at:at + len(raw)] = values
+def fill(weight: Weight, at: int, stored: Stored) -> None:
+    """Put stored rows into a packed matrix, from its row `at` on.  A group_axis of 0 says that they are [in, out]."""
+    values = namespace(weight.data).asarray(decode(stored))
+    if stored.group_axis == 0:
+        weight.data[at:at + len(values)] = values
     else:
-        weight.data[:, at:at + len(raw)] = values.T
+        weight.data[:, at:at + len(values)] = values.T
+
+
+def join(weights: Sequence[Weight]) -> Weight:
+    """One weight of several, of kinds that may differ, whose outputs lie side by side."""
+    if len(weights) == 1:
+        return weights[0]
+    return Weight(tuple(weights), 'mixed', ' '.join(dict.fromkeys(w.letter for w in weights)))
+
+
+def new_cache(kv_heads: int, slots: int, head_dim: int, kv_dtype: str, xp=np):
+    """One layer's K and V, each [kv_heads/n, slots, head_dim], float32 or the bits of bfloat16."""
+    return tuple(xp.zeros((kv_heads, slots, head_dim), xp.float32 if kv_dtype == 'float32' else xp.uint16) for _ in 'kv')
 
 
 # ---- the operations of a step
@@ -63,6 +75,8 @@ def rms_norm(x, gain, eps: float):
 
 def linear(x, weight: Weight):
     """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
+    if weight.kind == 'mixed':
+        return namespace(x).concatenate([linear(x, part) for part in weight.data], axis=-1)
     return x @ weight.data
 
 

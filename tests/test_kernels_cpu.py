@@ -1,0 +1,302 @@
+"""The compiled kernels against float64 formulas and against the reference kernels, on every odd size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import environment, run_ranks
+
+pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
+
+from tpmpi.kernels import jit, reference
+from tpmpi.kernels.cpu import Kernels
+from tpmpi.kernels.elementwise import ACTIVATIONS
+from tpmpi.kv_cache import LayerCache, Ring
+from tpmpi.weights import WEIGHT_KINDS, Stored, decode, encode
+
+SMALL = settings(max_examples=60, deadline=None)
+ops = Kernels()
+# largest error of a product beside the sum of its terms' magnitudes: float32 sums, or activations in 16 bits
+TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-6, 'int8': 5e-5, 'int4': 5e-5}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def built():
+    for kv in ('float32', 'bfloat16'):
+        ops.build(ops.needed(WEIGHT_KINDS, kv))
+
+
+def pack(stored: Stored, pieces: int):
+    """A packed weight, filled piece by piece as the loader does."""
+    rows, transposed = len(stored.data), stored.group_axis == 0
+    weight = ops.new_weight(rows, stored.shape[1], transposed, stored.kind, 'W')
+    unit = 32 if transposed else 1
+    for part in np.array_split(np.arange(-(-rows // unit)), pieces):
+        if len(part):
+            first, last = int(part[0]) * unit, min(rows, (int(part[-1]) + 1) * unit)
+            cut = slice(first, last)
+            groups = slice(first // 32, last // 32) if transposed else cut
+            ops.fill(weight, first, Stored(stored.kind, stored.data[cut], *(None if p is None else p[groups] for p in (
+                stored.scale, stored.offset)), group_axis=stored.group_axis))
+    return weight
+
+
+@SMALL
+@given(kind=st.sampled_from(WEIGHT_KINDS), transposed=st.booleans(), inputs=st.integers(1, 70), outputs=st.integers(1, 150),
+       tokens=st.integers(1, 20), pieces=st.integers(1, 3), seed=st.integers(0, 9))
+def test_linear_is_the_product(kind, transposed, inputs, outputs, tokens, pieces, seed):
+    rng = np.random.default_rng(seed)
+    if kind in ('int8', 'int4'):
+        inputs = 32 * (1 + inputs // 16)
+        outputs += outputs % 2 if transposed else 0
+    values = rng.standard_normal((inputs, outputs) if transposed else (outputs, inputs)).astype(np.float32)
+    stored = encode(values, kind, 0 if transposed else 1)
+    w = decode(stored).astype(np.float64)
+    w = w if transposed else w.T
+    x = (rng.standard_normal((tokens, inputs)) * 10 ** rng.uniform(-3, 3)).astype(np.float32)
+    y = ops.linear(x, pack(stored, pieces))
+    assert y.shape == (tokens, outputs) and y.dtype == np.float32 and y.flags.c_contiguous
+    size = np.abs(x.astype(np.float64)) @ np.abs(w)
+    assert (np.abs(y - x.astype(np.float64) @ w) <= TOLERANCE[kind] * size).all()
+
+
+@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize(('inputs', 'outputs'), [(32, 5), (96, 100), (2080, 210), (1056, 64)])
+def test_a_row_has_the_same_bits_with_any_number_of_others(kind, inputs, outputs):
+    rng = np.random.default_rng(1)
+    weight = pack(encode(rng.standard_normal((outputs, inputs)).astype(np.float32), kind), 1)
+    x = rng.standard_normal((43, inputs)).astype(np.float32)
+    whole = ops.linear(x, weight)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 18):
+        np.testing.assert_array_equal(ops.linear(x[:tokens].copy(), weight), whole[:tokens])
+
+
+@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+def test_an_output_has_the_same_bits_beside_any_others(kind):
+    """So a rank's columns are what one rank alone computes."""
+    rng = np.random.default_rng(2)
+    values, x = rng.standard_normal((230, 64)).astype(np.float32), rng.standard_normal((3, 64)).astype(np.float32)
+    whole = ops.linear(x, pack(encode(values, kind), 1))
+    for first, last in ((0, 1), (7, 90), (100, 230)):
+        np.testing.assert_array_equal(ops.linear(x, pack(encode(values[first:last], kind), 1)), whole[:, first:last])
+
+
+@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+def test_what_is_not_a_number_stays_visible(kind):
+    weight = pack(encode(np.ones((40, 64), np.float32), kind), 1)
+    for bad in (np.nan, np.inf, -np.inf):
+        x = np.ones((9, 64), np.float32)
+        x[4, 5] = bad
+        y = ops.linear(x, weight)
+        assert not np.isfinite(y[4]).any()
+        np.testing.assert_allclose(np.delete(y, 4, axis=0), 64, rtol=2e-3)
+
+
+def test_weights_without_rows_or_columns():
+    for kind in WEIGHT_KINDS:
+        np.testing.assert_array_equal(ops.linear(np.empty((3, 0), np.float32), ops.new_weight(0, 64, True, kind, 'W^B')), 0)
+        assert ops.linear(np.ones((3, 64), np.float32), ops.new_weight(0, 64, False, kind, 'W^C')).shape == (3, 0)
+
+
+def test_weights_of_different_kinds_side_by_side():
+    rng = np.random.default_rng(3)
+    parts = [encode(rng.standard_normal((rows, 64)).astype(np.float32), kind) for rows, kind in ((20, 'int4'), (9, 'float32'))]
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    joined = ops.join([pack(part, 1) for part in parts])
+    expected = x @ np.concatenate([decode(part) for part in parts]).T
+    np.testing.assert_allclose(ops.linear(x, joined), expected, atol=1e-3)
+    assert joined.nbytes == sum(pack(part, 1).nbytes for part in parts)
+
+
+def test_rounded_activations_are_bfloat16_values():
+    """x is rounded to nearest even, for bfloat16 weights only."""
+    rounding, x = Kernels(activations='bfloat16'), np.full((1, 32), 1 + 2 ** -8, np.float32)
+    x[0, 1] = 1 + 3 * 2 ** -8
+    for kind, expected in (('bfloat16', [1, 1 + 2 ** -6]), ('float32', x[0, :2])):
+        weight = pack(encode(np.eye(32, dtype=np.float32), kind), 1)
+        np.testing.assert_array_equal(rounding.linear(x, weight)[0, :2], np.float32(expected))
+
+
+@SMALL
+@given(kind=st.sampled_from(WEIGHT_KINDS), first=st.integers(0, 40), rows=st.integers(1, 60), seed=st.integers(0, 5))
+def test_embedding_gives_each_rank_its_rows_and_zeros(kind, first, rows, seed):
+    rng = np.random.default_rng(seed)
+    table = encode(rng.standard_normal((rows, 96)).astype(np.float32), kind)
+    tokens = rng.integers(0, first + rows + 9, 12)
+    expected = np.zeros((12, 96), np.float32)
+    for i, token in enumerate(tokens):
+        if first <= token < first + rows:
+            expected[i] = decode(table)[token - first]
+    np.testing.assert_array_equal(ops.embed(tokens, pack(table, 1), range(first, first + rows)), expected)
+
+
+@pytest.mark.parametrize('size', [1, 15, 16, 100, 576])
+def test_rms_norm(size):
+    rng = np.random.default_rng(size)
+    x, gain = (30 * rng.standard_normal((5, size))).astype(np.float32), rng.standard_normal(size).astype(np.float32)
+    x64 = x.astype(np.float64)
+    expected = x64 / np.sqrt((x64 ** 2).mean(-1, keepdims=True) + 1e-5) * gain
+    np.testing.assert_allclose(ops.rms_norm(x, gain, 1e-5), expected, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('kind', ACTIVATIONS)
+def test_activations(kind):
+    x = np.concatenate((np.linspace(-12, 12, 4801), [-1e4, 1e4, -100, 100, 0])).astype(np.float32)
+    exact = {
+        'silu': lambda v: v / (1 + math.exp(-v)) if v > -700 else 0.0,
+        'gelu': lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
+        'gelu_tanh': lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3))),
+        'relu': lambda v: max(v, 0.0), 'identity': lambda v: v}[kind]
+    expected = np.array([exact(float(v)) for v in x])
+    np.testing.assert_allclose(ops.activate(x[None], kind)[0], expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(ops.gated_activation(np.concatenate((x, x))[None], kind)[0], expected * x, rtol=2e-6, atol=1e-5)
+    assert np.isnan(ops.activate(np.full((1, 3), np.nan, np.float32), kind)).all()
+
+
+def test_log_sum_exp():
+    rng = np.random.default_rng(4)
+    for width in (1, 15, 33, 1000):
+        logits = (30 * rng.standard_normal((4, width))).astype(np.float32)
+        expected = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+        np.testing.assert_allclose(ops.log_sum_exp(logits), expected, rtol=1e-6)
+    assert (ops.log_sum_exp(np.empty((2, 0), np.float32)) == -np.inf).all()
+
+
+@settings(max_examples=120, deadline=None)
+@given(kv_heads=st.integers(1, 3), group=st.integers(1, 5), dim=st.sampled_from([6, 8, 16, 24, 64]), block=st.sampled_from([3, 8, 16, 64]),
+       blocks=st.permutations(range(6)), count=st.integers(1, 5), kv=st.sampled_from(['float32', 'bfloat16']),
+       window=st.one_of(st.none(), st.integers(1, 100)), steps=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+       contiguous=st.booleans(), rope=st.booleans(), seed=st.integers(0, 9))
+def test_attention_is_that_of_the_reference_kernels_in_every_ring(
+        kv_heads, group, dim, block, blocks, count, kv, window, steps, contiguous, rope, seed):
+    """Rings whole or scattered, growing and wrapped; the reference kernels have a brute-force test of their own."""
+    rng = np.random.default_rng(seed)
+    ring = Ring(np.arange(count) if contiguous else np.array(blocks[:count], np.int64), block)
+    caches = [LayerCache(*kernels.new_cache(kv_heads, 6 * block, dim, kv)) for kernels in (reference, ops)]
+    groups, heads, position = tuple(range(i * group, (i + 1) * group) for i in range(kv_heads)), kv_heads * group, 0
+    for step in steps:
+        step, seen = min(step, ring.capacity), window
+        if position + step > ring.capacity:  # a wrapped ring holds window + step - 1 positions
+            step = min(step, -(-ring.capacity // 2))
+            seen = min(window or ring.capacity, ring.capacity - step + 1)
+        segment = ring.segment(0, position, step)
+        qkv = rng.standard_normal((step, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+        table = reference.rope_table(np.arange(position, position + step), dim, 1e4) if rope else None
+        found = []
+        for kernels, cache in zip((reference, ops), caches, strict=True):
+            q = np.ascontiguousarray(kernels.rope_append(qkv, heads, dim, table, cache, segment.slots))
+            found.append(kernels.attend(q, cache, groups, (segment,), seen))
+        np.testing.assert_allclose(found[1], found[0], atol=2e-6 if kv == 'float32' else 2e-2)
+        position += step
+
+
+def test_attention_of_a_row_has_the_same_bits_alone_and_in_a_chunk():
+    rng, dim, length = np.random.default_rng(6), 64, 150
+    qkv = rng.standard_normal((length, 5 * dim)).astype(np.float32)
+    for kv in ('float32', 'bfloat16'):
+        for window in (None, 37):
+            results = []
+            for chunk in (length, 41, 1):
+                cache, ring, rows = LayerCache(*ops.new_cache(1, 192, dim, kv)), Ring(np.arange(3), 64), []
+                for at in range(0, length, chunk):
+                    segment = ring.segment(0, at, min(chunk, length - at))
+                    q = ops.rope_append(qkv[at:at + chunk], 3, dim, None, cache, segment.slots)
+                    rows.append(ops.attend(q, cache, (range(3),), (segment,), window))
+                results.append(np.concatenate(rows))
+            np.testing.assert_array_equal(results[1], results[0])
+            np.testing.assert_array_equal(results[2], results[0])
+
+
+# ---- compiled where, and for what
+
+
+def test_the_cache_folder_follows_sources_and_cpu_and_is_private_where_it_must_be(tmp_path, monkeypatch):
+    chosen = jit.cache_folder({'TPMPI_CACHE_DIR': str(tmp_path / 'a')})
+    assert chosen.parent == tmp_path / 'a' and chosen.is_dir()
+    assert jit.cache_folder({'XDG_CACHE_HOME': str(tmp_path)}).parent == tmp_path / 'tpmpi'
+    monkeypatch.setattr(jit, 'CPU', 'another')
+    assert jit.cache_folder({'TPMPI_CACHE_DIR': str(tmp_path / 'a')}) not in (chosen, None)
+    monkeypatch.setattr(jit.tempfile, 'gettempdir', lambda: str(tmp_path))
+    (tmp_path / 'file').write_text('')  # a folder below a file cannot be made, not even by root
+    monkeypatch.setenv('HOME', str(tmp_path / 'file'))
+    private = jit.cache_folder({'TPMPI_CACHE_DIR': str(tmp_path / 'file')})
+    assert private.parent == tmp_path / f'tpmpi-{os.getuid()}'
+    assert stat.S_IMODE(private.parent.stat().st_mode) == 0o700
+    private.parent.chmod(0o777)  # someone else could write machine code there
+    assert jit.cache_folder({'TPMPI_CACHE_DIR': str(tmp_path / 'file')}).parent != private.parent
+
+
+PROGRAM = '''
+import json, sys
+from tpmpi import api
+llm = api.load(sys.argv[1], weights=sys.argv[2], threads=int(sys.argv[3]))
+result = llm.generate(list(range(40)), max_new_tokens=6, ignore_eos=True, logprobs=3)
+if llm.rank == 0:
+    from tpmpi.kernels import jit
+    print(json.dumps([[c.top for c in result.choices], jit.WIDTH, jit.PARALLEL, type(llm.engine.ops).__name__]))
+'''
+
+
+def answer(model, weights='bfloat16', size=1, threads=1, **variables):
+    done = run_ranks(size, '-c', PROGRAM, model, weights, threads, env=environment(**variables), timeout=400)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def logprobs(found):
+    return np.array([[logprob for _, logprob in top] for top in found])
+
+
+@pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8'])
+def test_two_threads_give_the_bits_of_one(models, weights):
+    path = models['literal'][0]
+    (one, _, parallel, _), _ = answer(path, weights)
+    (two, _, shared, _), _ = answer(path, weights, threads=2)
+    assert (parallel, shared) == (False, True) and one == two
+
+
+def test_a_cpu_without_vector_extensions_is_slower_and_never_wrong(models, tmp_path):
+    path = models['literal'][0]
+    (here, _, _, _), _ = answer(path, 'int8')
+    (generic, width, _, _), _ = answer(path, 'int8', NUMBA_CPU_NAME='generic', TPMPI_CACHE_DIR=str(tmp_path))
+    assert width == 4
+    np.testing.assert_allclose(logprobs(generic), logprobs(here), atol=1e-4)
+
+
+def test_one_rank_compiles_and_says_so_and_the_next_run_compiles_nothing(models, tmp_path):
+    path, cache = models['literal'][0], str(tmp_path)
+    _, first = answer(path, 'float32', size=3, TPMPI_CACHE_DIR=cache)
+    files = sorted(Path(tmp_path).rglob('*.nbc'))
+    assert first.count('compiling') <= 1 and files
+    stamps = [f.stat().st_mtime_ns for f in files]
+    _, second = answer(path, 'float32', size=2, TPMPI_CACHE_DIR=cache)
+    assert 'compiling' not in second
+    assert sorted(Path(tmp_path).rglob('*.nbc')) == files and [f.stat().st_mtime_ns for f in files] == stamps
+
+
+def test_without_numba_the_reference_kernels_run_with_one_warning(models, tmp_path):
+    (tmp_path / 'numba.py').write_text('raise ImportError("not here")')
+    env = environment()
+    env['PYTHONPATH'] = f'{tmp_path}{os.pathsep}{env["PYTHONPATH"]}'
+    run = ('-m', 'tpmpi.run', '--model', models['literal'][0], '--prompt', 'abc', '--max-new-tokens', 5)
+    done = run_ranks(2, *run, env=env)
+    assert done.returncode == 0 and done.stderr.count('Numba') == 1 and 'pip install numba' in done.stderr
+    asked = run_ranks(2, *run, '--kernels', 'cpu', env=env)
+    assert asked.returncode == 1 and len(asked.stderr.splitlines()) == 1 and 'pip install numba' in asked.stderr
+    assert run_ranks(2, *run, '--kernels', 'reference').stdout == done.stdout
+
+
+def test_nothing_of_numba_is_loaded_for_the_reference_kernels(models):
+    program = 'import sys; from tpmpi import api; api.load(sys.argv[1], kernels="reference"); print("numba" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', program, models['literal'][0]], capture_output=True, text=True, env=environment())
+    assert done.stdout.strip() == 'False', done.stderr

@@ -1,0 +1,261 @@
+"""Measure how fast a model runs, and how near to the memory's limit:  mpirun -n 2 python -m tpmpi.bench --model model.h5
+
+A round is the prefill of a batch of random prompts, each by itself, and the decode of all of them together.  Medians of
+the rounds are set beside the rate at which the same cores, all ranks at once, can read memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+from dataclasses import dataclass
+from time import perf_counter
+
+import tpmpi
+from tpmpi import api, session
+from tpmpi.config import DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 64
+STREAM_TOTAL = 1 << 30  # bytes that all ranks together stream at least: far more than their caches hold
+STREAM_MOST = 4 << 30  # bytes that one rank streams at most: more would show nothing new, and may not be there
+STREAM_PASSES = 5
+
+
+@dataclass
+class Round:
+    """What one round gave on this rank."""
+
+    tokens: list[list[int]]  # of each sequence: the token that its prompt gave, then one for each step of decode
+    prefill_seconds: float  # until the last sequence's first token is chosen
+    decode_seconds: float
+    all_reduce_seconds: float  # in decode
+    all_reduce_bytes: int  # in decode
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of a measurement.  Raises SystemExit, as argparse does, for a bad one."""
+    p = session.ArgumentParser('python -m tpmpi.bench', description=__doc__.partition('\n')[0])
+    p.add_argument('--model', metavar='FILE', help='model file made by tpmpi.convert (default: the bundled one)')
+    p.add_argument('--prompt-tokens', type=int, metavar='N', help=f'random tokens in each prompt (default: {PROMPT_TOKENS}, '
+                   'or what fits); decode starts at this depth')
+    p.add_argument('--new-tokens', type=int, default=NEW_TOKENS, metavar='N', help=f'steps of decode (default: {NEW_TOKENS})')
+    p.add_argument('--batch', type=int, default=1, metavar='N', help='sequences that are decoded together (default: 1)')
+    p.add_argument('--repeat', type=int, default=3, metavar='N', help='rounds, after one to warm up (default: 3)')
+    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--kernels', choices=KERNELS, help='cpu: compiled by Numba; reference: NumPy or CuPy')
+    p.add_argument('--activations', choices=KV_DTYPES, help='bfloat16: round them before they meet bfloat16 weights')
+    p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache')
+    p.add_argument('--chunk', type=int, metavar='N', help='prompt tokens computed at once')
+    p.add_argument('--device', choices=DEVICES)
+    p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
+    p.add_argument('--json', action='store_true', help='one JSON object instead of the table')
+    options = p.parse_args(argv)
+    for name in ('prompt_tokens', 'new_tokens', 'batch', 'repeat', 'threads'):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            p.error(f'--{name.replace("_", "-")} is {value}; expected at least 1')
+    return options
+
+
+def prompt_length(asked: int | None, new_tokens: int, max_positions: int) -> int:
+    """Tokens of each prompt.  Raises ConfigError when prompt and new tokens are more than the model's positions."""
+    length = max(1, min(PROMPT_TOKENS, max_positions - new_tokens)) if asked is None else asked
+    if length + new_tokens > max_positions:
+        raise ConfigError(f'--prompt-tokens {length} and --new-tokens {new_tokens} are {length + new_tokens} positions; '
+                          f'the model was trained for {max_positions}: ask for fewer')
+    return length
+
+
+# ---- a round
+
+
+class Batch:
+    """Random prompts and the cache that their rounds use again and again."""
+
+    def __init__(self, engine, size: int, prompt_tokens: int, new_tokens: int):
+        import numpy as np
+
+        from tpmpi.kv_cache import KVCache, ring_positions
+        model, run = engine.model, engine.run
+        self.prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (size, prompt_tokens))
+        self.new_tokens = new_tokens
+        positions = ring_positions(prompt_tokens + new_tokens, model.window, run.chunk)
+        blocks = size * -(-positions // run.block)
+        self.cache = KVCache(model.config, model.shard, blocks, run.block, engine.ops, run.kv_dtype, engine.device.xp)
+        self.rings = [self.cache.allocate(positions) for _ in range(size)]
+
+
+def run_round(engine, batch: Batch) -> Round:
+    """Prefill all prompts, one after another, then decode all sequences together.  All ranks call it at once."""
+    import numpy as np
+
+    from tpmpi.model import Step, forward
+    model, ops, comm, chunk = engine.model, engine.ops, engine.comm, engine.run.chunk
+    depth = batch.prompts.shape[1]
+    engine.on_phase('prefill')
+    start = perf_counter()
+    firsts = []
+    for prompt, ring in zip(batch.prompts, batch.rings, strict=True):
+        for at in range(0, depth, chunk):
+            part = prompt[at:at + chunk]
+            hidden = forward(Step.of(part, (ring.segment(0, at, len(part)),)), model, batch.cache, ops, comm)
+        firsts.append(best_tokens(hidden[-1:], engine))
+    tokens = [np.concatenate(firsts)]  # each [batch]
+    prefill_seconds = perf_counter() - start
+
+    engine.on_phase('decode')
+    traffic = comm.traffic['all_reduce']
+    seconds, nbytes, start = traffic.seconds, traffic.bytes, perf_counter()
+    for position in range(depth, depth + batch.new_tokens):
+        segments = tuple(ring.segment(row, position, 1) for row, ring in enumerate(batch.rings))
+        tokens.append(best_tokens(forward(Step.of(tokens[-1], segments), model, batch.cache, ops, comm), engine))
+    decode_seconds = perf_counter() - start
+    return Round(np.stack(tokens, axis=1).tolist(), prefill_seconds, decode_seconds,
+                 traffic.seconds - seconds, traffic.bytes - nbytes)
+
+
+def best_tokens(hidden, engine):
+    """The most probable next token of each row, over the vocabulary of all ranks.  [rows, hidden] -> [rows], on all ranks"""
+    import numpy as np
+
+    from tpmpi.model import logits
+    comm, vocab = engine.comm, engine.model.shard.vocab
+    mine = np.full((len(hidden), 2), -np.inf)  # of each row this rank's largest logit, and whose it is
+    if len(vocab):
+        local = engine.device.to_host(logits(hidden, engine.model, engine.ops))  # [rows, vocab/n]
+        best = local.argmax(axis=-1)
+        mine[:, 0], mine[:, 1] = local[np.arange(len(local)), best], best + vocab.start
+    everyone = np.empty((comm.size, *mine.shape)) if comm.rank == 0 else None
+    comm.gather(mine, everyone)
+    chosen = np.empty(len(mine), np.int64)
+    if everyone is not None:
+        chosen[:] = everyone[everyone[:, :, 0].argmax(axis=0), np.arange(len(mine)), 1]
+    comm.broadcast(chosen)
+    return chosen
+
+
+# ---- the memory's limit
+
+
+def read_all(buffer) -> None:
+    """Read every byte of a float32 array, as fast as NumPy can: a product with itself, on all threads of the BLAS."""
+    buffer.dot(buffer)
+
+
+def stream_buffer(weight_bytes: int, ranks: int):
+    """What a rank streams: as many bytes as its weights have, within limits, and written to, so that they exist."""
+    import numpy as np
+    return np.ones(min(max(weight_bytes, STREAM_TOTAL // ranks), STREAM_MOST) // 4, np.float32)
+
+
+def stream_seconds(comm, buffer, read=read_all) -> list[float]:
+    """This rank's times for reading its buffer, in passes that all ranks begin together."""
+    times = []
+    for _ in range(STREAM_PASSES + 1):
+        comm.exchange(None)
+        start = perf_counter()
+        read(buffer)
+        times.append(perf_counter() - start)
+    return times[1:]
+
+
+# ---- the report
+
+
+def measure(llm: api.LLM, options: argparse.Namespace) -> dict:
+    """All figures; a collective call, with the same result on every rank."""
+    comm, engine, model = llm.session.comm, llm.engine, llm.engine.model
+    depth = llm.session.agreed(prompt_length, options.prompt_tokens, options.new_tokens, llm.config.max_positions)
+    batch = llm.session.agreed(Batch, engine, options.batch, depth, options.new_tokens)
+    rounds = [run_round(engine, batch) for _ in range(options.repeat + 1)][1:]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # before the buffer to stream comes
+    all_rounds = list(zip(*comm.exchange(rounds), strict=True))  # [repeat][rank]
+
+    def per_round(function) -> float:
+        return statistics.median(map(function, all_rounds))
+
+    decoded = options.batch * options.new_tokens
+    step = per_round(lambda ranks: max(r.decode_seconds for r in ranks)) / options.new_tokens
+    weights = comm.exchange(model.bytes_per_token)
+    engine.on_phase('stream')
+    buffer = llm.session.agreed(stream_buffer, model.bytes_per_token, comm.size)
+    passes = zip(*comm.exchange(stream_seconds(comm, buffer, getattr(engine.ops, 'stream', read_all))), strict=True)
+    stream = sum(comm.exchange(buffer.nbytes)) / statistics.median(max(ranks) for ranks in passes)
+    return {
+        'prefill_tokens_per_s': round(options.batch * depth / per_round(lambda ranks: max(r.prefill_seconds for r in ranks)), 3),
+        'decode_tokens_per_s': round(options.batch / step, 3),
+        'weights_gb_per_s': round(sum(weights) / step / 1e9, 3),
+        'weights_gb_per_s_by_rank': [round(w / step / 1e9, 3) for w in weights],
+        'stream_gb_per_s': round(stream / 1e9, 3),
+        'bandwidth_fraction': round(sum(weights) / step / stream, 4),
+        'allreduce_us_per_token': round(
+            1e6 * per_round(lambda ranks: statistics.mean(r.all_reduce_seconds for r in ranks)) / decoded, 3),
+        'allreduce_bytes_per_token': rounds[0].all_reduce_bytes // decoded,
+        'peak_rss_mb': [round(m, 1) for m in comm.exchange(memory)],
+        'ranks': comm.size, 'threads': llm.session.threads, 'batch': options.batch, 'prompt_tokens': depth,
+        'new_tokens': options.new_tokens, 'weights': weight_kinds(model), 'weights_mb': round(sum(weights) / 1e6, 3),
+        'kernels': getattr(engine.ops, '__name__', type(engine.ops).__module__).rpartition('.')[2],  # a module, or of a class
+        'activations': engine.run.activations, 'kv': engine.run.kv_dtype, 'chunk': engine.run.chunk, 'device': engine.device.name}
+
+
+def weight_kinds(model) -> str:
+    """How the kernels hold the matrices of a step: one kind, or several joined by +, the one with most bytes first."""
+    from tpmpi.weights import Weight
+    found: dict[str, int] = {}
+
+    def add(weight: Weight):
+        if weight.kind == 'mixed':
+            for part in weight.data:
+                add(part)
+        else:
+            found[weight.kind] = found.get(weight.kind, 0) + weight.nbytes
+
+    for weight in [model.head, *(w for layer in model.layers for w in (layer.qkv, layer.attn_out, layer.up, layer.down))]:
+        add(weight)
+    return '+'.join(sorted(found, key=lambda kind: -found[kind]))
+
+
+def table(f: dict) -> str:
+    """The figures for a reader."""
+    by_rank = ' '.join(f'{rate:.1f}' for rate in f['weights_gb_per_s_by_rank'])
+    memory = ' '.join(f'{m:,.0f}' for m in f['peak_rss_mb'])
+    sequences, depth = f'{f["batch"]} sequence' + 's' * (f['batch'] > 1), f['prompt_tokens']
+    rows = {
+        'machine': f['machine'],
+        'run': f'{f["model"]}, {f["weights"]} weights, {f["kernels"]} kernels, {f["ranks"]} rank{"s" * (f["ranks"] > 1)} x '
+               f'{f["threads"]} thread{"s" * (f["threads"] > 1)}, loaded in {f["load_seconds"]:.1f} s',
+        'prefill': f'{f["prefill_tokens_per_s"]:,.1f} tokens/s  ({sequences} of {depth} tokens)',
+        'decode': f'{f["decode_tokens_per_s"]:,.1f} tokens/s  ({sequences}, {f["new_tokens"]} steps at depth {depth})',
+        'weights read': f'{f["weights_gb_per_s"]:.1f} GB/s  (by rank: {by_rank})',
+        'memory allows': f'{f["stream_gb_per_s"]:.1f} GB/s, of which decode reaches {f["bandwidth_fraction"]:.0%}',
+        'all-reduce': f'{f["allreduce_us_per_token"]:,.0f} us and {f["allreduce_bytes_per_token"]:,} bytes per token',
+        'peak memory': f'{memory} MB  (by rank)'}
+    return '\n'.join(f'{name:<14} {text}' for name, text in rows.items())
+
+
+def body(s: session.Session, options: argparse.Namespace) -> int:
+    """Load, measure, print."""
+    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device')
+    chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
+    start = perf_counter()
+    llm = api.load(options.model, session=s, **chosen)
+    load_seconds = max(s.comm.exchange(perf_counter() - start))
+    figures = measure(llm, options)
+    if s.comm.rank == 0:
+        from tpmpi.versions import cpu
+        figures |= {'model': str(options.model or 'bundled model'), 'machine': cpu(), 'load_seconds': round(load_seconds, 3),
+                    'tpmpi': tpmpi.__version__}
+        print(json.dumps(figures) if options.json else table(figures))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns this rank's exit code."""
+    return session.command(body, parse, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

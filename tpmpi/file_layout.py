@@ -1,0 +1,148 @@
+"""What lies where in the HDF5 model file: its datasets, their types, comments and checksums.
+
+Every tensor is one contiguous, unfiltered dataset with its sharded axis first, so that a rank's part is one byte range;
+beside a tensor of integers lie the scales (and offsets) of its groups, cut by the same ranks at the same rows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from tpmpi.sharding import TensorSpec
+from tpmpi.weights import FORMULAS, GROUP, GROUP_PARTS, part_shapes
+
+FORMAT, FORMAT_VERSIONS = 'tpmpi model', (1, 2)  # 2 where a matrix is of integers
+ABOUT = """\
+A transformer language model for tpmpi, format version {}: whole tensors, for any number of ranks.
+A matrix is stored with the axis first by which ranks split it: a rank's rows are one contiguous run.  So attn_out and
+down are [in, out], all others [out, in].  RoPE turns the pairs (i, i + head_dim/2) of the rows of each head of q and k.
+A 16-bit floating-point type is bfloat16, the upper half of an IEEE single.  crc32: zlib's, of each crc32_rows rows."""
+ABOUT_VERSION_2 = f"""
+Version 2 adds matrices of integers q, of 8 or 4 bits, in groups of {GROUP} along the contraction axis (attribute group_axis: 0,
+the rows, of attn_out and down, 1, the columns, of all others).  A group has a scale, with 4 bits also an offset, in the
+datasets beside, NAME.scale and NAME.offset; their 16-bit floating-point type is IEEE half.  The comments give the formulas."""
+ALL_GROUP_PARTS = GROUP_PARTS['int4']
+MAX_TEXT = 64 << 20  # bytes of tokenizer.json or chat template
+
+
+class CheckpointError(ValueError):
+    """A model file that cannot be read, or that contradicts itself."""
+
+
+def bfloat16_type() -> h5py.h5t.TypeID:
+    """bfloat16 as HDF5 describes it: 16 bits, sign 15, 8 exponent bits at 7 with bias 127, 7 mantissa bits at 0."""
+    t = h5py.h5t.IEEE_F32LE.copy()
+    t.set_fields(15, 7, 8, 0, 7)
+    t.set_size(2)
+    t.set_precision(16)
+    t.set_ebias(127)
+    return t
+
+
+FILE_TYPES = {'float32': h5py.h5t.IEEE_F32LE, 'bfloat16': bfloat16_type(), 'int8': h5py.h5t.STD_I8LE,
+              'int4': h5py.h5t.STD_U8LE}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a tensor: its numbers, or the scales or offsets of its groups."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype  # in memory
+    file_type: h5py.h5t.TypeID
+    row: int  # rows of the tensor that one row here belongs to
+    crc32_rows: int  # rows here that have one checksum
+
+
+def tensor_parts(spec: TensorSpec, kind: str) -> dict[str, Part]:
+    """What the file holds of a tensor of some kind, by the names of Stored.parts."""
+    parts = {}
+    for name, (shape, dtype) in part_shapes(spec.shape, kind, spec.group_axis).items():
+        if name == 'data':
+            parts[name] = Part(spec.name, shape, dtype, FILE_TYPES[kind], 1, spec.unit)
+        else:
+            row = GROUP if spec.transposed else 1
+            parts[name] = Part(f'{spec.name}.{name}', shape, dtype, h5py.h5t.IEEE_F16LE, row, spec.unit // row)
+    return parts
+
+
+def part_meaning(spec: TensorSpec, kind: str, part: str) -> str:
+    """What a stranger must know to decode a dataset."""
+    if kind not in GROUP_PARTS:
+        return spec.meaning
+    leaf, last = spec.name.rpartition('/')[2], GROUP - 1
+    if part != 'data':
+        run = f'{GROUP}i to {GROUP}i+{last}, j' if spec.transposed else f'i, {GROUP}j to {GROUP}j+{last}'
+        return f'[i, j]: {part} of {leaf}[{run}]; {FORMULAS[kind]}'
+    q = 'as it stands here' if kind == 'int8' else (
+        'from 0 to 15: byte j of a row holds column 2j in its low four bits, column 2j + 1 in its high four')
+    beside = ' and '.join(f'{leaf}.{name}' for name in GROUP_PARTS[kind])
+    return (f'{spec.meaning}; {FORMULAS[kind]}, q {q}; {beside}: one for each {GROUP} '
+            f'{"rows of a column" if spec.transposed else "columns of a row"}')
+
+
+def group_attributes(spec: TensorSpec, kind: str) -> dict:
+    """What a tensor of integers says about itself to a program; nothing for other kinds."""
+    return {'kind': kind, 'group': GROUP, 'group_axis': spec.group_axis} if kind in GROUP_PARTS else {}
+
+
+def group_members(tensors: Iterable[str]) -> dict[str, set[str]]:
+    """What each group of the file may hold, by the group's path, '' for the root."""
+    members = {'': {'config', 'tokenizer'}}
+    for name in tensors:
+        members.setdefault(name.rpartition('/')[0], set()).update(
+            name.rpartition('/')[2] + suffix for suffix in ('', *(f'.{part}' for part in ALL_GROUP_PARTS)))
+        while '/' in name:
+            name = name.rpartition('/')[0]
+            members.setdefault(name.rpartition('/')[0], set()).add(name.rpartition('/')[2])
+    return members
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    """What the file says about text: the text of tokenizer.json, the chat template, and the special ids."""
+
+    tokenizer_json: str
+    chat_template: str | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def crc32_blocks(data: np.ndarray, unit: int) -> np.ndarray:
+    """CRC-32 of each block of `unit` rows, which no rank count cuts."""
+    return np.array([zlib.crc32(data[i:i + unit].data) for i in range(0, len(data), unit)], np.uint32)
+
+
+def attributes(thing: h5py.HLObject) -> dict:
+    """The attributes of a group or dataset: numbers, truth values, texts of fixed length, arrays of numbers.
+
+    Variable-length values are refused unread: they lie in HDF5's global heap, and the library has been seen to loop for
+    ever over a damaged one.  Raises TypeError for them.
+    """
+    values = {}
+    for name in thing.attrs:
+        attribute = h5py.h5a.open(thing.id, name.encode())
+        kind = attribute.get_type()
+        plain = isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID))
+        if not plain or isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
+            raise TypeError(f'attribute {name} of {thing.name} is of a type that model files do not have')
+        size = int(np.prod(attribute.shape, dtype=object)) * kind.get_size()
+        if size > MAX_TEXT:
+            raise TypeError(f'attribute {name} of {thing.name} has {size} bytes')
+        value = thing.attrs[name]
+        value = value.item() if isinstance(value, np.generic) else value
+        values[name] = value.decode() if isinstance(value, bytes) else value
+    return values
+
+
+def reason(e: BaseException) -> str:
+    """The short reason of an error: what the system says, or HDF5's last words."""
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    return str(e).splitlines()[0].strip() if str(e) else type(e).__name__

@@ -1,0 +1,184 @@
+"""softmax(Q K^T) V over rings of cache slots, as two products with panels (see tiles.py): K and V lie as weights do.
+
+K of a head: panels of 16 slots, [slots/16, head_dim, 16], so that the scores of 16 keys are one panel of outputs.
+V of a head: [slots, head_dim], so that the sum over keys is a product along k.  In bfloat16 pairs lie together:
+[slots/16, head_dim/2, 16, 2] and [slots/2, head_dim, 2].  head_dim is padded to a multiple of 16 in V, to an even
+number in K of bfloat16.
+
+One row or many: the scores of a key, the sum of the exponentials (in lanes by slot modulo 16, slots ascending) and the
+sum over keys have one order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from tpmpi.kernels.elementwise import exp
+from tpmpi.kernels.jit import helper, inlined, shared_kernel
+from tpmpi.kernels.products import float_panels
+from tpmpi.kernels.tiles import LANES, PER_STEP, keep
+
+SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
+MOST_ROWS, FEWEST_ROWS = 16, 4  # queries of one block
+f32 = np.float32
+
+
+@helper
+def runs_of(slots, base, count):
+    """Runs of consecutive slots: [runs, 3] first slot, length, index of its first key.  base: -1 if slots are listed."""
+    if base >= 0:
+        return np.array([[base, count, 0]], np.int64)
+    runs = np.empty((count, 3), np.int64)
+    n = 0
+    for j in range(count):
+        if n and slots[j] == runs[n - 1, 0] + runs[n - 1, 1]:
+            runs[n - 1, 1] += 1
+        else:
+            runs[n] = slots[j], 1, j
+            n += 1
+    return runs[:n].copy()
+
+
+@helper
+def pieces_of(runs, low, high):
+    """The parts of the runs with keys low … high - 1: [pieces, 4] column of the scores, first key, keys, first slot.
+
+    A piece takes whole panels of 16 columns; the slot of a column is then the same modulo 16, whatever low is.
+    """
+    pieces = np.empty((len(runs), 4), np.int64)
+    n = width = 0
+    for run in range(len(runs)):
+        first, last = max(low, runs[run, 2]), min(high, runs[run, 2] + runs[run, 1])
+        if first < last:
+            slot = runs[run, 0] + first - runs[run, 2]
+            pieces[n, 0], pieces[n, 1], pieces[n, 2], pieces[n, 3] = width, first, last - first, slot
+            width += panels_of(slot, last - first) * LANES
+            n += 1
+    return pieces[:n].copy(), width
+
+
+@helper
+def panels_of(slot, count):
+    """Panels that hold `count` slots from `slot` on."""
+    return (slot + count - 1) // LANES - slot // LANES + 1
+
+
+@helper
+def softmax_row(s, pieces, key_positions, ordered, position, window):
+    """exp(s - max) of the keys that a query sees, 0 elsewhere, in the scores' columns; returns 1 / sum."""
+    hidden = f32(-np.inf)
+    for piece in range(len(pieces)):
+        column, first, count, skip = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3] % LANES
+        low, high = 0, count
+        if ordered:
+            low = min(count, max(0, position - window + 1 - key_positions[first]))
+            high = max(low, min(count, position + 1 - key_positions[first]))
+        else:
+            for i in range(count):
+                p = key_positions[first + i]
+                if p < 0 or p > position or p <= position - window:
+                    s[column + skip + i] = hidden
+        s[column:column + skip + low] = hidden
+        s[column + skip + high:column + panels_of(pieces[piece, 3], count) * LANES] = hidden
+    lanes = np.full(LANES, hidden, np.float32)
+    for at in range(0, len(s), LANES):
+        for i in range(LANES):
+            lanes[i] = s[at + i] if s[at + i] > lanes[i] else lanes[i]
+    top = hidden
+    for i in range(LANES):
+        top = max(top, lanes[i])
+    lanes[:] = 0
+    for at in range(0, len(s), LANES):
+        for i in range(LANES):
+            value = s[at + i]
+            p = exp(value - top)
+            p = f32(0) if value == hidden else p
+            s[at + i] = p
+            lanes[i] += p
+    total = f32(0)
+    for i in range(LANES):
+        total += lanes[i]
+    return f32(1) / total
+
+
+def _attention(kind: str):
+    """share(…) for a cache of float32 or bfloat16."""
+    add_panels, each = float_panels(kind), PER_STEP[kind]
+
+    @helper
+    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
+        add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row)
+
+    @inlined
+    def block(q, k, v, head, heads, rows, first_row, position, window, runs, key_positions, ordered, b):
+        """`rows` queries from row first_row and position `position` on, all heads that read one KV head."""
+        dim, count = q.shape[2], len(key_positions)
+        wide, even = -(-dim // LANES) * LANES, -(-dim // each) * each
+        low, high = 0, count  # keys that some row sees
+        if ordered:
+            low = max(0, position - window + 1 - key_positions[0])
+            high = position + rows - key_positions[0]
+        pieces, width = pieces_of(runs, low, high)
+        m = rows * heads
+        x, s, out = np.zeros((m, even), np.float32), np.zeros((m, width), np.float32), np.zeros((m, wide), np.float32)
+        scale = f32(1) / np.sqrt(f32(dim))
+        for row in range(rows):
+            for h in range(heads):
+                for i in range(dim):
+                    x[row * heads + h, i] = q[first_row + row, head + h, i] * scale
+        xa, sa, oa, ka, va = x.ctypes.data, s.ctypes.data, out.ctypes.data, k.ctypes.data, v.ctypes.data
+        panel = even * LANES * 4 // each
+        for piece in range(len(pieces)):
+            column, slot = pieces[piece, 0], pieces[piece, 3]
+            add(xa, 4 * even, m, ka + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2]), even // each,
+                sa + 4 * column, 4 * width)
+        factor = np.empty(m, np.float32)
+        for i in range(m):
+            factor[i] = softmax_row(s[i], pieces, key_positions, ordered, position + i // heads, window)
+        for piece in range(len(pieces)):
+            column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
+            begin, end = slot // each * each, -(-last // each) * each
+            add(sa + 4 * (column + begin % LANES), 4 * width, m, va + begin * wide * 4 // each, LANES * 4, wide * 4,
+                wide // LANES, (end - begin) // each, oa, 4 * wide)
+        for row in range(rows):
+            for h in range(heads):
+                for i in range(dim):
+                    b[first_row + row, head + h, i] = out[row * heads + h, i] * factor[row * heads + h]
+        keep(x)
+        keep(s)
+        keep(k)
+        keep(v)
+
+    @helper
+    def share(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, t, threads):
+        """Every threads-th pair of a block of rows and a KV head, from the t-th on."""
+        runs = runs_of(slots, base, len(key_positions))
+        largest = 1
+        for group in range(len(groups)):
+            largest = max(largest, groups[group, 1] - groups[group, 0])
+        each_block = max(FEWEST_ROWS, min(MOST_ROWS, SCORES // (largest * len(key_positions))))
+        for task in range(t, -(-rows // each_block) * len(groups), threads):
+            at, group = task // len(groups) * each_block, task % len(groups)
+            block(q, k[group], v[group], groups[group, 0], groups[group, 1] - groups[group, 0], min(each_block, rows - at),
+                  first_row + at, position + at, window, runs, key_positions, ordered, b)
+
+    return share
+
+
+_float32, _bfloat16 = _attention('float32'), _attention('bfloat16')
+TYPES = 'i8[:, ::1], i8, i8, i8, i8[::1], i8, i8[::1], b1, i8, f4[:, :, ::1], i8'
+
+
+@shared_kernel(f'void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], {TYPES})')
+def attend_float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, threads):
+    """B of one segment.  groups: [kv_heads/n, 2] the run of query heads of each; window: positions seen, at most."""
+    for t in prange(threads):
+        _float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t), threads)
+
+
+@shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
+def attend_bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, threads):
+    """The same from a cache of bfloat16."""
+    for t in prange(threads):
+        _bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t), threads)

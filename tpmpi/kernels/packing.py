@@ -1,0 +1,117 @@
+"""From the file's layout into panels (see tiles.py), piece by piece as it is read, and rows of the embedding back out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tpmpi.kernels.jit import helper, kernel
+from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES
+
+INT8_BYTES, INT8_SCALES = GROUP_BYTES['int8'], GROUP_VALUES['int8']  # of a group; where its scales begin
+INT4_BYTES, INT4_SCALES = GROUP_BYTES['int4'], GROUP_VALUES['int4']
+
+# raw, [outputs, k] or, transposed, [k, outputs]; at: where its first row goes; w: [panels, values of a panel]
+
+
+@helper
+def place(i, j, at, transposed):
+    """(output, k) of element (i, j) of a piece."""
+    return (j, at + i) if transposed else (at + i, j)
+
+
+@kernel('void(f4[:, ::1], b1, i8, f4[:, ::1])')
+def pack_float32(raw, transposed, at, w):
+    """Into [panels, k * 16]."""
+    for i in range(raw.shape[0]):
+        for j in range(raw.shape[1]):
+            out, k = place(i, j, at, transposed)
+            w[out // LANES, k * LANES + out % LANES] = raw[i, j]
+
+
+@kernel('void(u2[:, ::1], b1, i8, u2[:, ::1])')
+def pack_bfloat16(raw, transposed, at, w):
+    """Into [panels, k/2 * 16 * 2]."""
+    for i in range(raw.shape[0]):
+        for j in range(raw.shape[1]):
+            out, k = place(i, j, at, transposed)
+            w[out // LANES, k // 2 * (2 * LANES) + out % LANES * 2 + k % 2] = raw[i, j]
+
+
+@kernel('void(u1[:, ::1], u1[:, :, ::1], b1, i8, u1[:, ::1])')
+def pack_int8(raw, scale, transposed, at, w):
+    """Into groups of [16, 16, 2] int8 and 16 scales, all as bytes."""
+    size = INT8_BYTES
+    for i in range(raw.shape[0]):
+        for j in range(raw.shape[1]):
+            out, k = place(i, j, at, transposed)
+            w[out // LANES, k // GROUP * size + k % GROUP // 2 * (2 * LANES) + out % LANES * 2 + k % 2] = raw[i, j]
+    pack_scales(scale, transposed, at, w, size, INT8_SCALES)
+
+
+@kernel('void(u1[:, ::1], u1[:, :, ::1], u1[:, :, ::1], b1, i8, u1[:, ::1])')
+def pack_int4(raw, scale, offset, transposed, at, w):
+    """Into groups of [4, 16] words, 16 scales and 16 offsets.  raw: two columns in a byte, the even one low; w: zeros."""
+    size = INT4_BYTES
+    for i in range(raw.shape[0]):
+        for j in range(2 * raw.shape[1]):
+            out, k = place(i, j, at, transposed)
+            value = (raw[i, j // 2] >> np.uint8(j % 2 * 4)) & np.uint8(15)
+            byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + out % LANES * 4 + k % 2 * 2 + k % 8 // 4
+            w[out // LANES, byte] |= value << np.uint8(k % 4 // 2 * 4)
+    pack_scales(scale, transposed, at, w, size, INT4_SCALES)
+    pack_scales(offset, transposed, at, w, size, INT4_SCALES + LANES * HALF_BYTES)
+
+
+@helper
+def pack_scales(scale, transposed, at, w, size, start):
+    """One of the rows of 16 after the values of each group."""
+    first = at // GROUP if transposed else at
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            out, group = place(i, j, first, transposed)
+            for byte in range(HALF_BYTES):
+                w[out // LANES, group * size + start + out % LANES * HALF_BYTES + byte] = scale[i, j, byte]
+
+
+# ---- the embedding: ids [tokens], counted from this rank's first row; negative or too large: another rank's, zeros
+
+
+@kernel('void(i8[::1], i8, f4[:, ::1], f4[:, ::1])')
+def embed_float32(ids, rows, w, y):
+    """Rows of the table.  y [tokens, hidden], zeros before."""
+    for t in range(len(ids)):
+        if 0 <= ids[t] < rows:
+            for k in range(y.shape[1]):
+                y[t, k] = w[ids[t] // LANES, k * LANES + ids[t] % LANES]
+
+
+@kernel('void(i8[::1], i8, u2[:, ::1], u4[:, ::1])')
+def embed_bfloat16(ids, rows, w, y):
+    """Rows of the table.  y: the bits of [tokens, hidden]."""
+    for t in range(len(ids)):
+        if 0 <= ids[t] < rows:
+            for k in range(y.shape[1]):
+                bits = w[ids[t] // LANES, k // 2 * (2 * LANES) + ids[t] % LANES * 2 + k % 2]
+                y[t, k] = np.uint32(bits) << np.uint32(16)
+
+
+@kernel('void(i8[::1], i8, i1[:, ::1], f4[:, ::1])')
+def embed_int8(ids, rows, w, y):
+    """Rows of the table, without their scales."""
+    size = INT8_BYTES
+    for t in range(len(ids)):
+        if 0 <= ids[t] < rows:
+            for k in range(y.shape[1]):
+                at = k // GROUP * size + k % GROUP // 2 * (2 * LANES) + ids[t] % LANES * 2 + k % 2
+                y[t, k] = w[ids[t] // LANES, at]
+
+
+@kernel('void(i8[::1], i8, u1[:, ::1], f4[:, ::1])')
+def embed_int4(ids, rows, w, y):
+    """Rows of the table, without their scales and offsets."""
+    size = INT4_BYTES
+    for t in range(len(ids)):
+        if 0 <= ids[t] < rows:
+            for k in range(y.shape[1]):
+                byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + ids[t] % LANES * 4 + k % 2 * 2 + k % 8 // 4
+                y[t, k] = (w[ids[t] // LANES, byte] >> np.uint8(k % 4 // 2 * 4)) & np.uint8(15)
