@@ -106,8 +106,9 @@ def test_a_run_of_tpmpi_beside_a_made_up_peer(tmp_path, monkeypatch, capsys):
     answer = json.dumps({'version': '9', 'rates': {'1': {'prefill': 1, 'decode': 1}}})
     peer.write_text(f"#!/bin/sh\necho a line of noise\necho '{answer}'\n")
     peer.chmod(0o755)
-    options = ['--tpmpi-model', f'bfloat16={bundled_model()}', '--tpmpi-options', '--kernels reference', '--ranks', '1', '--gguf',
-               'bfloat16=x', '--llama-python', str(peer), '--rounds', '1', '--repeat', '1', '--prompt-tokens', '4', '--new-tokens', '2']
+    options = ['--tpmpi-model', f'bfloat16={bundled_model()}', '--tpmpi-options', '--kernels reference', '--ranks', '1',
+               '--gguf', 'bfloat16=x', '--llama-python', str(peer), '--rounds', '1', '--repeat', '1', '--prompt-tokens', '4',
+               '--new-tokens', '2']
     peers.main(options)
     text = capsys.readouterr().out
     assert '| bfloat16, llama.cpp 9 | **' in text and str(bundled_model()) in text
