@@ -92,3 +92,5 @@ def test_what_is_streamed_is_as_large_as_the_weights_within_limits(monkeypatch):
     assert [bench.stream_buffer(weights, 4).nbytes for weights in (100, 1 << 17, 1 << 20)] == [1 << 14, 1 << 17, 1 << 18]
     buffer = bench.stream_buffer(100, 1)
     assert buffer.dtype == np.float32 and buffer.all()
+    for threads in (1, 3):
+        bench.read_all(buffer, threads)

@@ -82,6 +82,13 @@ def test_commands_are_options_that_exist(monkeypatch):
     assert 'PYTHONPATH' not in peers.environment(o, 'llama') and 'LD_PRELOAD' in peers.environment(o, 'vllm')
 
 
+def test_no_prompt_comes_twice_in_a_process():
+    """OpenVINO's cache of prefixes made a prefill of a prompt seen before fifty times faster than any computation is."""
+    prompts = list(itertools.islice(peers.random_prompts(20), 50))
+    assert len({prompt[0] for prompt in prompts}) > 45 and len(set(map(tuple, prompts))) == 50
+    assert all(len(prompt) == 20 and min(prompt) >= 100 for prompt in prompts)
+
+
 def test_rates_of_a_peer_that_gives_whole_answers():
     o = peers.parse([*ALL, '--prompt-tokens', '100', '--new-tokens', '10', '--repeat', '1'])
     found = peers.rates(lambda batch, new: batch * 2 + new * 0.5, 2, o)  # 4.5 s for one token, 9.5 s for eleven

@@ -173,8 +173,8 @@ def test_log_sum_exp():
 
 
 @settings(max_examples=120, deadline=None)
-@given(kv_heads=st.integers(1, 3), group=st.integers(1, 5), dim=st.sampled_from([6, 8, 16, 24, 64]), block=st.sampled_from([3, 8, 16, 64]),
-       blocks=st.permutations(range(6)), count=st.integers(1, 5), kv=st.sampled_from(['float32', 'bfloat16']),
+@given(kv_heads=st.integers(1, 3), group=st.integers(1, 5), dim=st.sampled_from([6, 8, 16, 24, 64]),
+       block=st.sampled_from([3, 8, 16, 64]), blocks=st.permutations(range(6)), count=st.integers(1, 5), kv=st.sampled_from(['float32', 'bfloat16']),
        window=st.one_of(st.none(), st.integers(1, 100)), steps=st.lists(st.integers(1, 70), min_size=1, max_size=5),
        contiguous=st.booleans(), rope=st.booleans(), seed=st.integers(0, 9))
 def test_attention_is_that_of_the_reference_kernels_in_every_ring(
@@ -298,5 +298,6 @@ def test_without_numba_the_reference_kernels_run_with_one_warning(models, tmp_pa
 
 def test_nothing_of_numba_is_loaded_for_the_reference_kernels(models):
     program = 'import sys; from tpmpi import api; api.load(sys.argv[1], kernels="reference"); print("numba" in sys.modules)'
-    done = subprocess.run([sys.executable, '-c', program, models['literal'][0]], capture_output=True, text=True, env=environment())
+    command = [sys.executable, '-c', program, models['literal'][0]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.stdout.strip() == 'False', done.stderr

@@ -8,6 +8,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpmpi.kernels import reference as ops
 from tpmpi.kv_cache import KVCache, Ring, ring_positions
 from tpmpi.sharding import shard
 

@@ -174,11 +174,13 @@ TYPES = 'i8[:, ::1], i8, i8, i8, i8[::1], i8, i8[::1], b1, i8, f4[:, :, ::1], i8
 def attend_float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, threads):
     """B of one segment.  groups: [kv_heads/n, 2] the run of query heads of each; window: positions seen, at most."""
     for t in prange(threads):
-        _float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t), threads)
+        _float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t),
+                 threads)
 
 
 @shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
 def attend_bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, threads):
     """The same from a cache of bfloat16."""
     for t in prange(threads):
-        _bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t), threads)
+        _bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t),
+                  threads)

@@ -33,7 +33,8 @@ class Kernels:
     def needed(kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
         found = [elementwise.rms_norm, elementwise.activate, elementwise.gated_activation, elementwise.log_sum_exp]
-        found += [elementwise.round_bfloat16, getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
+        found += [elementwise.round_bfloat16]
+        found += [getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
         if set(kinds) - set(PER_STEP):

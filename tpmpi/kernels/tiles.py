@@ -87,8 +87,8 @@ class Emit:
             return self.call(PMADDWD, a, b, result=VI)
         wide = ir.VectorType(I32, 2 * WIDTH)
         product = self.b.mul(self.b.sext(a, wide), self.b.sext(b, wide))
-        even, odd = (self.b.shuffle_vector(product, ir.Constant(wide, ir.Undefined), ir.Constant(VI, list(range(i, 2 * WIDTH, 2))))
-                     for i in (0, 1))
+        nothing = ir.Constant(wide, ir.Undefined)
+        even, odd = (self.b.shuffle_vector(product, nothing, ir.Constant(VI, list(range(i, 2 * WIDTH, 2)))) for i in (0, 1))
         return self.b.add(even, odd)
 
     def widen(self, address):
