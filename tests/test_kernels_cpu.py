@@ -174,7 +174,8 @@ def test_log_sum_exp():
 
 @settings(max_examples=120, deadline=None)
 @given(kv_heads=st.integers(1, 3), group=st.integers(1, 5), dim=st.sampled_from([6, 8, 16, 24, 64]),
-       block=st.sampled_from([3, 8, 16, 64]), blocks=st.permutations(range(6)), count=st.integers(1, 5), kv=st.sampled_from(['float32', 'bfloat16']),
+       block=st.sampled_from([3, 8, 16, 64]), blocks=st.permutations(range(6)),
+       count=st.integers(1, 5), kv=st.sampled_from(['float32', 'bfloat16']),
        window=st.one_of(st.none(), st.integers(1, 100)), steps=st.lists(st.integers(1, 70), min_size=1, max_size=5),
        contiguous=st.booleans(), rope=st.booleans(), seed=st.integers(0, 9))
 def test_attention_is_that_of_the_reference_kernels_in_every_ring(
