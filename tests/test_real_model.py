@@ -26,7 +26,7 @@ def gguf() -> Path:
 def model(gguf, tmp_path_factory):
     from tpmpi.convert import convert
     path = tmp_path_factory.mktemp('smollm2') / 'smollm2.h5'
-    convert(gguf, path, 'float32')  # the file's own int8 and int4 meet activations of 16 bits: another test
+    convert(gguf, path, 'float32')  # the file's own int8 and int4 meet activations of 16 bits
     return path
 
 
@@ -50,20 +50,6 @@ def test_the_command_answers(model, size):
     done = run_ranks(size, '-m', 'tpmpi.run', '--model', model, '--chat', '--prompt', 'What is the capital of France?',
                      '--max-new-tokens', 12)
     assert done.returncode == 0 and 'Paris' in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize('size', [1, 3])
-def test_the_integers_of_the_file_as_they_are(gguf, tmp_path, size):
-    """int4 and int8 without loss; activations in 16 bits change a log-probability by less than 5e-3, their mean by 1e-3."""
-    from tpmpi.convert import convert
-    convert(gguf, tmp_path / 'integers.h5')
-    assert (tmp_path / 'integers.h5').stat().st_size < 110e6
-    cases = json.loads((FOLDER / 'smollm2.json').read_text())['cases']
-    for case, found in zip(cases, answer(tmp_path / 'integers.h5', cases, size, tmp_path, timeout=600), strict=True):
-        mean = sum(found['prompt_logprobs']) / len(found['prompt_logprobs'])
-        assert mean == pytest.approx(case['mean_logprob'], abs=1e-3)
-        if 'prompt_logprobs' in case:
-            assert found['prompt_logprobs'] == pytest.approx(case['prompt_logprobs'], abs=5e-3)
 
 
 def test_bfloat16_weights_are_near(gguf, tmp_path):
