@@ -260,6 +260,9 @@ def table(o: argparse.Namespace, results: list[dict]) -> str:
         f'| {o.name} | ' + ' | '.join(shown.values()) + ' |', '| --- ' * (1 + len(shown)) + '|']
     lines += [f'| {r["kind"]}, {r["peer"]} {r["version"]} | ' + ' | '.join(cell(r['rounds'], *key) for key in shown) + ' |'
               for r in results]
+    busiest = max(pair['load'] for r in results for pair in r['rounds'])
+    if busiest > o.cores + 0.5:
+        lines += ['', f'**Not to be trusted: others computed here too** (load average up to {busiest} on {o.cores} cores).']
     lines += ['', 'The last commands, and all figures by round:', '', '```']
     for r in results:
         peer = next(name for name, title in PEERS.items() if title == r['peer'])

@@ -68,6 +68,14 @@ def test_a_column_that_nobody_has_is_left_out():
     assert '| the model | prefill | decode, 1 sequence |\n| --- | --- | --- |\n' in text
 
 
+def test_a_busy_machine_is_told(monkeypatch):
+    o = peers.parse([*ALL, '--only', 'int8', '--rounds', '1'])
+    for load, told in ((2.4, False), (3.1, True)):
+        monkeypatch.setattr(peers.os, 'getloadavg', lambda load=load: (load, 0, 0))
+        run, _ = made_up({1: [(100, 10)], ('llama', 1): [(100, 20)]})
+        assert ('Not to be trusted' in peers.table(o, [peers.compare(o, 'int8', 'llama', run)])) == told
+
+
 def test_commands_are_options_that_exist(monkeypatch):
     o = peers.parse([*ALL, '--prompt-tokens', '7', '--new-tokens', '5', '--tpmpi-options', '--kv bfloat16'])
     command = peers.tpmpi_command(o, 'int8', 16)
