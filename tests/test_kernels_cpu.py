@@ -163,6 +163,10 @@ def test_activations(kind):
     assert np.isnan(ops.activate(np.full((1, 3), np.nan, np.float32), kind)).all()
 
 
+def test_relu_of_minus_infinity_is_zero():
+    np.testing.assert_array_equal(ops.activate(np.float32([[-np.inf, -1, np.inf]]), 'relu'), [[0, 0, np.inf]])
+
+
 def test_log_sum_exp():
     rng = np.random.default_rng(4)
     for width in (1, 15, 33, 1000):

@@ -17,6 +17,7 @@ from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LA
 from tpmpi.weights import Stored, Weight
 
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.int8, 'int4': np.uint8}  # a panel seen as these
+STREAM_K = 1024  # rows of what `stream` takes for a matrix
 EVERYWHERE = 1 << 62  # a window that hides nothing
 
 
@@ -152,6 +153,16 @@ class Kernels:
         if logits.shape[1]:
             elementwise.log_sum_exp(np.ascontiguousarray(logits), y)
         return y
+
+    # ---- for measurements
+
+    def stream(self, buffer) -> None:
+        """Read a float32 array as fast as weights can be read: it is multiplied as if it were some."""
+        jit.build([products.multiply_float32])
+        panels = buffer.size // (STREAM_K * LANES)
+        w = buffer[:panels * STREAM_K * LANES].view(np.uint8).reshape(panels, -1)
+        y = np.empty((1, panels * LANES), np.float32)
+        products.multiply_float32(np.ones((1, STREAM_K), np.float32), w, y, self.threads)
 
     # ---- the cache
 

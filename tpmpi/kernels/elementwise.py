@@ -65,7 +65,7 @@ def activation(x, kind):
         u = f32(0.7978845608028654) * (x + f32(0.044715) * x * x * x)
         return f32(0.5) * x * (f32(2) - f32(2) / (exp(f32(2) * u) + f32(1)))
     if kind == 3:
-        return x if x > f32(0) else x * f32(0)
+        return f32(0) if x < f32(0) else x  # a NaN stays one
     return x
 
 
@@ -122,17 +122,25 @@ def turned(row, first, i, dim, cos, sin, t, rope):
     return row[first + i] * cos[t, i] + other * sin[t, i]
 
 
+@helper
+def turn_queries(qkv, cos, sin, rope, q):
+    """The first heads of the fused projection, turned."""
+    heads, dim = q.shape[1], q.shape[2]
+    for t in range(len(qkv)):
+        for head in range(heads):
+            for i in range(dim):
+                q[t, head, i] = turned(qkv[t], head * dim, i, dim, cos, sin, t, rope)
+
+
 @kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1])')
 def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values):
     """Q turned; K, turned, and V into the cache (see attention.py for its layout)."""
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
     k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
     wide = -(-dim // LANES) * LANES
+    turn_queries(qkv, cos, sin, rope, q)
     for t in range(len(qkv)):
         row, slot = qkv[t], slots[t]
-        for head in range(heads):
-            for i in range(dim):
-                q[t, head, i] = turned(row, head * dim, i, dim, cos, sin, t, rope)
         for head in range(kv_heads):
             at_k, at_v = (heads + head) * dim, (heads + kv_heads + head) * dim
             for i in range(dim):
@@ -146,11 +154,9 @@ def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values):
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
     k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
     wide, even = -(-dim // LANES) * LANES, dim + dim % 2
+    turn_queries(qkv, cos, sin, rope, q)
     for t in range(len(qkv)):
         row, slot = qkv[t], slots[t]
-        for head in range(heads):
-            for i in range(dim):
-                q[t, head, i] = turned(row, head * dim, i, dim, cos, sin, t, rope)
         for head in range(kv_heads):
             at_k, at_v = (heads + head) * dim, (heads + kv_heads + head) * dim
             for i in range(dim):

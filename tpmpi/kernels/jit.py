@@ -87,12 +87,13 @@ def cache_folder(environ=os.environ) -> Path:
     """The folder for machine code: named by the kernels' sources, the versions of the compiler and the CPU.
 
     An edited helper in another file, another CPU that shares the home folder, or another compiler thus never meets old
-    code.  In $TPMPI_CACHE_DIR, $XDG_CACHE_HOME/tpmpi or ~/.cache/tpmpi; where none can be written, in a private folder
-    of the temporary directory.
+    code.  Numba keeps code by a source's path and date, so these count too: a second installation compiles its own.
+    In $TPMPI_CACHE_DIR, $XDG_CACHE_HOME/tpmpi or ~/.cache/tpmpi; where none can be written, in a private folder of the
+    temporary directory.
     """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob('*.py')):
-        digest.update(source.name.encode() + source.read_bytes())
+        digest.update(repr((str(source), source.stat().st_mtime_ns)).encode() + source.read_bytes())
     digest.update(repr((numba.__version__, llvmlite.__version__, np.__version__, sys.version_info[:2], TRIPLE, CPU, _FEATURES,
                         PARALLEL)).encode())
     name = f'kernels-{digest.hexdigest()[:16]}'
