@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import PROGRAMS, command, environment
+from ranks import PROGRAMS, command, environment, run_ranks
 
 LIMIT = 10  # seconds from the failure to the last process
 
@@ -26,6 +26,13 @@ def running(folder: Path) -> list[int]:
         if state != 'Z':
             alive.append(pid)
     return alive
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled(nine_heads):
+    """The first run on a machine compiles kernels for some seconds, which are no part of the time to an end."""
+    done = run_ranks(2, '-m', 'tpmpi.run', '--model', nine_heads, '--prompt', 'abc', '--max-new-tokens', 1)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize('how', ['kill', 'exit0', 'exit3', 'raise'])
