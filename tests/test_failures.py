@@ -29,9 +29,9 @@ def running(folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compiled(nine_heads):
+def compiled(models):
     """The first run on a machine compiles kernels for some seconds, which are no part of the time to an end."""
-    done = run_ranks(2, '-m', 'tpmpi.run', '--model', nine_heads, '--prompt', 'abc', '--max-new-tokens', 1)
+    done = run_ranks(2, '-m', 'tpmpi.run', '--model', models['nine_heads'][0], '--prompt', 'abc', '--max-new-tokens', 1)
     assert done.returncode == 0, done.stderr
 
 
