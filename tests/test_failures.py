@@ -29,9 +29,11 @@ def running(folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compiled(models):
-    """The first run on a machine compiles kernels for some seconds, which are no part of the time to an end."""
-    done = run_ranks(2, '-m', 'tpmpi.run', '--model', models['nine_heads'][0], '--prompt', 'abc', '--max-new-tokens', 1)
+def compiled(models, tmp_path_factory):
+    """The first run of an installation compiles kernels for some seconds, which are no part of the time to an end."""
+    env = environment(TPMPI_TEST_PIDS=str(tmp_path_factory.mktemp('pids')))
+    done = run_ranks(2, PROGRAMS / 'fail.py', 9, 'never', 'raise', '--model', models['nine_heads'][0], '--prompt', 'abc',
+                     '--max-new-tokens', 1, env=env)
     assert done.returncode == 0, done.stderr
 
 
