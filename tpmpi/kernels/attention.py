@@ -14,9 +14,9 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from tpmpi.kernels.elementwise import exp
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
+from tpmpi.kernels.rows import row_exp, row_max
 from tpmpi.kernels.tiles import LANES, PER_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
@@ -81,24 +81,9 @@ def softmax_row(s, pieces, key_positions, ordered, position, window):
                     s[column + skip + i] = hidden
         s[column:column + skip + low] = hidden
         s[column + skip + high:column + panels_of(pieces[piece, 3], count) * LANES] = hidden
-    lanes = np.full(LANES, hidden, np.float32)
-    for at in range(0, len(s), LANES):
-        for i in range(LANES):
-            lanes[i] = s[at + i] if s[at + i] > lanes[i] else lanes[i]
-    top = hidden
-    for i in range(LANES):
-        top = max(top, lanes[i])
-    lanes[:] = 0
-    for at in range(0, len(s), LANES):
-        for i in range(LANES):
-            value = s[at + i]
-            p = exp(value - top)
-            p = f32(0) if value == hidden else p
-            s[at + i] = p
-            lanes[i] += p
-    total = f32(0)
-    for i in range(LANES):
-        total += lanes[i]
+    at, panels = s.ctypes.data, len(s) // LANES
+    total = row_exp(at, panels, row_max(at, panels))
+    keep(s)
     return f32(1) / total
 
 

@@ -38,8 +38,6 @@ class Kernels:
         found += [getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
-        if set(kinds) - set(PER_STEP):
-            found.append(products.quantize)
         return found
 
     missing, build, folder = staticmethod(jit.missing), staticmethod(jit.build), jit.FOLDER
@@ -99,18 +97,8 @@ class Kernels:
             if self.rounded and weight.kind == 'bfloat16':
                 x, given = np.empty_like(x), x
                 elementwise.round_bfloat16(given, x)
-            self._multiply(x, weight, y)
+            products.MULTIPLY[weight.kind](_even(x, weight), weight.data, y, self.threads)
         return y
-
-    def _multiply(self, x, weight: Weight, y):
-        multiply = products.MULTIPLY[weight.kind]
-        if weight.kind in PER_STEP:
-            multiply(_even(x, weight), weight.data, y, self.threads)
-            return
-        tokens, k = x.shape
-        q, scale, total = np.empty((tokens, k), np.int16), *(np.empty((tokens, k // GROUP), np.float32) for _ in range(2))
-        products.quantize(x, x.view(np.int32), q, scale, total, self.threads if tokens > 1 else 1)
-        multiply(q, scale, total, weight.data, y, self.threads)
 
     @staticmethod
     def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):

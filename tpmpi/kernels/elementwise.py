@@ -7,51 +7,26 @@ import math
 import numpy as np
 
 from tpmpi.kernels.jit import helper, kernel
-from tpmpi.kernels.tiles import LANES, bits_of, float_of
+from tpmpi.kernels.rows import exp, row_exp, row_max, row_squares
+from tpmpi.kernels.tiles import LANES, bits_of, float_of, keep
 
 f32 = np.float32
 ACTIVATIONS = {'silu': 0, 'gelu': 1, 'gelu_tanh': 2, 'relu': 3, 'identity': 4}
 
 
-@helper
-def exp(x):
-    """e^x in float32, error below 2 units in the last place; loops over it vectorize.
-
-    x = n ln 2 + r with n whole; e^r by a polynomial of degree 7 on |r| <= ln 2 / 2 (Cephes' expf), 2^n by its exponent bits.
-    """
-    x = f32(-87) if x < f32(-87) else x
-    x = f32(88.37) if x > f32(88.37) else x  # a NaN passes both
-    n = np.floor(x * f32(1.44269504088896341) + f32(0.5))
-    r = (x - n * f32(0.693359375)) + n * f32(2.12194440e-4)
-    p = f32(1.9875691500e-4)
-    p = p * r + f32(1.3981999507e-3)
-    p = p * r + f32(8.3334519073e-3)
-    p = p * r + f32(4.1665795894e-2)
-    p = p * r + f32(1.6666665459e-1)
-    p = p * r + f32(5.0000001201e-1)
-    p = p * r * r + r + f32(1)
-    return p * float_of((np.int32(n) + np.int32(127)) << np.int32(23))
-
-
 @kernel('void(f4[:, ::1], f4[::1], f4, f4[:, ::1])')
 def rms_norm(x, gain, eps, y):
-    """y = x / sqrt(mean(x^2) + eps) * gain; the sum in 16 lanes, then the lanes in order."""
+    """y = x / sqrt(mean(x^2) + eps) * gain."""
     size = x.shape[1]
-    lanes = np.empty(LANES, np.float32)
+    whole = size // LANES
     for t in range(x.shape[0]):
-        lanes[:] = 0
-        whole = size // LANES * LANES
-        for k in range(0, whole, LANES):
-            for i in range(LANES):
-                lanes[i] += x[t, k + i] * x[t, k + i]
-        for k in range(whole, size):
-            lanes[k - whole] += x[t, k] * x[t, k]
-        total = f32(0)
-        for i in range(LANES):
-            total += lanes[i]
+        total = row_squares(x.ctypes.data + 4 * t * size, whole)
+        for k in range(whole * LANES, size):
+            total += x[t, k] * x[t, k]
         factor = f32(1) / np.sqrt(total / f32(size) + eps)
         for k in range(size):
             y[t, k] = x[t, k] * factor * gain[k]
+    keep(x)
 
 
 @helper
@@ -168,20 +143,18 @@ def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values):
 
 @kernel('void(f4[:, ::1], f4[::1])')
 def log_sum_exp(logits, y):
-    """log(sum(exp(logits))) of each row; the sum in 16 lanes, then the lanes in order."""
-    lanes = np.empty(LANES, np.float32)
+    """log(sum(exp(logits))) of each row."""
+    whole = logits.shape[1] // LANES
+    buffer = np.empty(whole * LANES, np.float32)
     for t in range(len(logits)):
-        top = f32(-np.inf)
-        for k in range(logits.shape[1]):
-            top = max(top, logits[t, k])
-        lanes[:] = 0
-        whole = logits.shape[1] // LANES * LANES
-        for k in range(0, whole, LANES):
-            for i in range(LANES):
-                lanes[i] += exp(logits[t, k + i] - top)
-        for k in range(whole, logits.shape[1]):
-            lanes[k - whole] += exp(logits[t, k] - top)
-        total = 0.0
-        for i in range(LANES):
-            total += lanes[i]
+        row = logits[t]
+        top = row_max(row.ctypes.data, whole)
+        for k in range(whole * LANES, len(row)):
+            top = row[k] if row[k] > top else top
+        buffer[:] = row[:whole * LANES]
+        total = row_exp(buffer.ctypes.data, whole, top)
+        for k in range(whole * LANES, len(row)):
+            total += exp(row[k] - top)
         y[t] = top + f32(math.log(total))
+    keep(logits)
+    keep(buffer)

@@ -8,11 +8,10 @@ number of rows, panels, ranks or vector lanes.  Layouts of a panel, [steps along
     bfloat16   [k/2, 16, 2]      pairs along k, as the matrix units of CPUs want them
     int8       [k/32] groups of [16, 16, 2] int8, then 16 scales
     int4       [k/32] groups of [4, 16] 32-bit words, then 16 scales, then 16 offsets
-    int16      [k/32] groups of [16, 16, 2] int16, then 16 scales, then 16 offsets (float32): int8 or int4, widened
 
 Bits 4j to 4j + 3 of a word of int4 are the weight at k = 2j, bits 16 + 4j to 19 + 4j the one at k = 2j + 1.
 
-The integer kinds take x as int16 with a scale per 32 (see `products.quantize`): products of a group are summed exactly
+The integer kinds take x as int16 with a scale per 32 (see `rows.row_quantize`): products of a group are summed exactly
 in 32 bits (127 * 32767 * 32 < 2^31), then scaled once.  The error, 2^-16 of the largest of 32 neighbours, is far below
 that of the weights, and the multiplier of 16-bit pairs does twice as many products as that of float32.
 
@@ -32,9 +31,8 @@ LANES, GROUP = 16, 32
 PARTS = LANES // WIDTH  # vectors in a panel's row
 HALF_BYTES = 2 if HALVES else 4  # of a scale or an offset
 PER_STEP = {'float32': 1, 'bfloat16': 2}  # weights along k that lie together for one output
-GROUP_VALUES = {'int8': GROUP * LANES, 'int4': GROUP * LANES // 2, 'int16': 2 * GROUP * LANES}  # bytes, without the scales
-GROUP_BYTES = {'int8': GROUP_VALUES['int8'] + LANES * HALF_BYTES, 'int4': GROUP_VALUES['int4'] + 2 * LANES * HALF_BYTES,
-               'int16': GROUP_VALUES['int16'] + 2 * LANES * 4}
+GROUP_VALUES = {'int8': GROUP * LANES, 'int4': GROUP * LANES // 2}  # bytes, without the scales
+GROUP_BYTES = {'int8': GROUP_VALUES['int8'] + LANES * HALF_BYTES, 'int4': GROUP_VALUES['int4'] + 2 * LANES * HALF_BYTES}
 
 I8, I16, I32, I64, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
 VF, VI, VH, VB = (ir.VectorType(t, n) for t, n in ((F32, WIDTH), (I32, WIDTH), (I16, 2 * WIDTH), (I8, 2 * WIDTH)))
@@ -207,45 +205,18 @@ def integer_tile(kind: str, rows: int, panels: int):
 def _pairs(e: Emit, kind: str, group, index, part: int) -> list:
     """The pairs of 16-bit weights of one step along k for WIDTH outputs."""
     b = e.b
-    if kind == 'int16':
-        return [e.load(e.at(group, (index, LANES * 4), part * WIDTH * 4), VH, 2)]
     if kind == 'int8':
         return [b.sext(e.load(e.at(group, (index, LANES * 2), part * WIDTH * 2), VB, 1), VH)]
     words = e.load(e.at(group, (index, LANES * 4), part * WIDTH * 4), VI, 4)
     nibbles = e.splat(I32(0x000F000F))
-    return [b.bitcast(b.and_(b.lshr(words, e.splat(I32(4 * j))) if j else words, nibbles), VH) for j in range(4)]
+    low = [b.and_(b.lshr(words, e.splat(I32(4 * j))) if j else words, nibbles) for j in range(3)]
+    return [b.bitcast(value, VH) for value in low] + [b.lshr(b.bitcast(words, VH), ir.Constant(VH, [12] * 2 * WIDTH))]
 
 
 def _scales(e: Emit, kind: str, group, part: int):
     """Scales and offsets of WIDTH outputs for a group; None where the kind has no offsets."""
-    at = e.at(group, GROUP_VALUES[kind] + part * WIDTH * (4 if kind == 'int16' else HALF_BYTES))
-    if kind == 'int16':
-        return e.load(at, VF, 4), e.load(e.at(at, LANES * 4), VF, 4)
+    at = e.at(group, GROUP_VALUES[kind] + part * WIDTH * HALF_BYTES)
     return e.widen(at), e.widen(e.at(at, LANES * HALF_BYTES)) if kind == 'int4' else None
-
-
-def widen_groups(kind: str):
-    """widen(w, groups, out): a panel's groups of int8 or int4 as groups of int16."""
-    def emit(context, builder, signature, args):
-        e, (w, groups, out) = Emit(builder), args
-        pairs = 4 if kind == 'int4' else 1
-        with cgutils.for_range(builder, groups) as loop:
-            source, target = e.at(w, (loop.index, GROUP_BYTES[kind])), e.at(out, (loop.index, GROUP_BYTES['int16']))
-            with cgutils.for_range(builder, I64(GROUP // 2 // pairs)) as inner:
-                for part in range(PARTS):
-                    for j, value in enumerate(_pairs(e, kind, source, inner.index, part)):
-                        e.store(value, e.at(target, (inner.index, pairs * LANES * 4), j * LANES * 4, part * WIDTH * 4))
-            for part in range(PARTS):
-                scale, offset = _scales(e, kind, source, part)
-                at = e.at(target, GROUP_VALUES['int16'] + part * WIDTH * 4)
-                e.store(scale, at)
-                e.store(ir.Constant(VF, [0.0] * WIDTH) if offset is None else offset, e.at(at, LANES * 4))
-        return context.get_dummy_value()
-
-    @intrinsic
-    def widen(typing_context, w, groups, out):
-        return types.void(*[types.int64] * 3), emit
-    return widen
 
 
 @intrinsic

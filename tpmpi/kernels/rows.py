@@ -1,0 +1,153 @@
+"""What runs along one row in vector registers: maximum, exponentials and their sum, squares, rounding to integers.
+
+A sum has sixteen lanes, element i in lane i modulo 16, elements ascending; then the lanes are added in order.  Addresses
+and counts are int64; counts are of whole panels of 16.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tpmpi.kernels.tiles import F32, GROUP, I16, I32, I64, LANES, PARTS, VF, WIDTH, Emit
+
+NOTHING = float('-inf')  # the score of a key that is not seen
+
+
+def exponential(b, x):
+    """e^x of a float32 or a vector of them, error below 2 units in the last place.
+
+    x = n ln 2 + r with n whole; e^r by a polynomial of degree 7 on |r| <= ln 2 / 2 (Cephes' expf), 2^n by its exponent
+    bits.  Every product and sum is spelled out, so that an element has the same bits in a vector and alone.
+    """
+    kind = x.type
+    whole = I32 if kind == F32 else ir.VectorType(I32, kind.count)
+    name = 'f32' if kind == F32 else f'v{kind.count}f32'
+
+    def number(value, of=kind):
+        return ir.Constant(of, value if of in (F32, I32) else [value] * kind.count)
+
+    def call(function, *args):
+        function = f'llvm.{function}.{name}'
+        known = b.module.globals.get(function) or ir.Function(b.module, ir.FunctionType(kind, [kind] * len(args)), function)
+        return b.call(known, args)
+
+    for limit, beyond in ((number(-87.0), '<'), (number(88.3699951171875), '>')):  # a NaN passes both
+        x = b.select(b.fcmp_ordered(beyond, x, limit), limit, x)
+    n = call('floor', call('fmuladd', x, number(1.44269502162933349609375), number(0.5)))
+    r = call('fmuladd', n, number(-0.693359375), x)
+    r = call('fmuladd', n, number(2.1219444170128554e-4), r)
+    p = number(1.9875690760090947e-4)
+    for c in (1.398199936375022e-3, 8.33345204591751e-3, 4.166579619050026e-2, 1.666666567325592e-1, 5.000000149011612e-1):
+        p = call('fmuladd', p, r, number(c))
+    p = b.fadd(call('fmuladd', b.fmul(p, r), r, r), number(1.0))
+    bits = b.shl(b.add(b.fptosi(n, whole), number(127, whole)), number(23, whole))
+    return b.fmul(p, b.bitcast(bits, kind))
+
+
+@intrinsic
+def exp(typing_context, x):
+    """e^x of one float32; a loop over it becomes one of vectors."""
+    return types.float32(types.float32), lambda context, builder, signature, args: exponential(builder, args[0])
+
+
+def _walk(e: Emit, address, panels, start: float, step):
+    """Sixteen lanes after step(lane values, address of the next) over all panels; one vector for each part."""
+    lanes = e.variables(VF, 1, PARTS)[0]
+    for lane in lanes:
+        e.b.store(ir.Constant(VF, [start] * WIDTH), lane)
+    with cgutils.for_range(e.b, panels) as loop:
+        for part, lane in enumerate(lanes):
+            at = e.at(address, (loop.index, LANES * 4), part * WIDTH * 4)
+            e.b.store(step(e.b.load(lane), at), lane)
+    return [e.b.load(lane) for lane in lanes]
+
+
+def _fold(b, vectors, combine):
+    """The lanes of all vectors, combined in order."""
+    values = [b.extract_element(v, I32(i)) for v in vectors for i in range(WIDTH)]
+    result = values[0]
+    for value in values[1:]:
+        result = combine(result, value)
+    return result
+
+
+@intrinsic
+def row_max(typing_context, address, panels):
+    """The largest of 16 * panels float32; a NaN is never the largest."""
+    def emit(context, builder, signature, args):
+        e = Emit(builder)
+
+        def larger(a, b):
+            return builder.select(builder.fcmp_ordered('>', b, a), b, a)
+
+        lanes = _walk(e, *args, NOTHING, lambda lane, at: larger(lane, e.load(at, VF, 4)))
+        return _fold(builder, lanes, larger)
+    return types.float32(types.int64, types.int64), emit
+
+
+@intrinsic
+def row_exp(typing_context, address, panels, top):
+    """e^(s - top) in place of each score s, 0 where s is -inf; returns their sum."""
+    def emit(context, builder, signature, args):
+        e, (address, panels, top) = Emit(builder), args
+        most, nothing, zero = e.splat(top), ir.Constant(VF, [NOTHING] * WIDTH), ir.Constant(VF, [0.0] * WIDTH)
+
+        def add(lane, at):
+            s = e.load(at, VF, 4)
+            p = builder.select(builder.fcmp_ordered('==', s, nothing), zero, exponential(builder, builder.fsub(s, most)))
+            e.store(p, at)
+            return builder.fadd(lane, p)
+
+        return _fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
+    return types.float32(types.int64, types.int64, types.float32), emit
+
+
+@intrinsic
+def row_squares(typing_context, address, panels):
+    """The sum of the squares of 16 * panels float32."""
+    def emit(context, builder, signature, args):
+        e = Emit(builder)
+
+        def add(lane, at):
+            x = e.load(at, VF, 4)
+            return e.fma(x, x, lane)
+
+        return _fold(builder, _walk(e, *args, 0.0, add), builder.fadd)
+    return types.float32(types.int64, types.int64), emit
+
+
+@intrinsic
+def row_quantize(typing_context, x, q, scale, total, groups):
+    """Groups of 32 float32 as int16 with a scale each, the largest at 32767; total: the sum of what each group became.
+
+    A NaN or an infinity makes the scale of its group one (a NaN counts as the largest), and so every sum with it.
+    """
+    def emit(context, builder, signature, args):
+        e, b, (x, q, scale, total, groups) = Emit(builder), builder, args
+        whole, halves = ir.VectorType(I32, WIDTH), ir.VectorType(I16, WIDTH)
+        with cgutils.for_range(b, groups) as loop:
+            values = [e.load(e.at(x, (loop.index, 4 * GROUP), 4 * i), VF, 4) for i in range(0, GROUP, WIDTH)]
+            largest = ir.Constant(whole, [0] * WIDTH)
+            for value in values:
+                size = b.and_(b.bitcast(value, whole), e.splat(I32(0x7FFFFFFF)))
+                largest = b.select(b.icmp_signed('>', size, largest), size, largest)
+            step = b.bitcast(e.call(f'llvm.vector.reduce.smax.v{WIDTH}i32', largest, result=I32), F32)
+            step = b.fmul(step, F32(1 / 32767))
+            usable = b.and_(b.fcmp_ordered('>', step, F32(1e-37)), b.fcmp_ordered('<', step, F32(float('inf'))))
+            factor = e.splat(b.fdiv(F32(1.0), b.select(usable, step, F32(1.0))))
+            usable = e.splat(usable)
+            whole_sum = ir.Constant(whole, [0] * WIDTH)
+            for i, value in enumerate(values):
+                value = b.select(usable, b.fmul(value, factor), ir.Constant(VF, [0.0] * WIDTH))
+                value = b.fptosi(e.call(f'llvm.rint.v{WIDTH}f32', value), whole)
+                whole_sum = b.add(whole_sum, value)
+                e.store(b.trunc(value, halves), e.at(q, (loop.index, 2 * GROUP), 2 * i * WIDTH))
+            whole_sum = e.call(f'llvm.vector.reduce.add.v{WIDTH}i32', whole_sum, result=I32)
+            at = b.mul(loop.index, I64(4))
+            e.store(step, b.add(scale, at))
+            e.store(b.fmul(step, b.sitofp(whole_sum, F32)), b.add(total, at))
+        return context.get_dummy_value()
+    return types.void(*[types.int64] * 5), emit
