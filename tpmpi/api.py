@@ -19,6 +19,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tpmpi import session as sessions
@@ -89,12 +90,14 @@ class LLM:
 
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
-         kv: str = 'float32', chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
+         kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
          kernels: str = 'auto', activations: str = 'float32', session=None, tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
-    for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache.  verify: check the file's checksums.
+    for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache, None for
+    bfloat16 with int8 and int4 weights (measured: it costs them nothing) and float32 otherwise.  verify: check the file's
+    checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
     'reference' (NumPy, CuPy), or 'auto'.  activations: 'bfloat16' rounds them before they meet bfloat16 weights.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
@@ -111,8 +114,10 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     from tpmpi.sharding import shard
 
     def open_all():
-        run = RunConfig(context, chunk, block, kv, device, verify, weights, kernels, activations)
+        run = RunConfig(context, chunk, block, 'float32' if kv is None else kv, device, verify, weights, kernels, activations)
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
+        if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
+            run = replace(run, kv_dtype='bfloat16')
         if context is not None and context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
         opened = devices.open_device(device, session.local_rank, session.local_size)

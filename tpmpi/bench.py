@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--kernels', choices=KERNELS, help='cpu: compiled by Numba; reference: NumPy or CuPy')
     p.add_argument('--activations', choices=KV_DTYPES, help='bfloat16: round them before they meet bfloat16 weights')
-    p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache')
+    p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
     p.add_argument('--chunk', type=int, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', choices=DEVICES)
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")

@@ -106,7 +106,7 @@ class RunConfig:
     context: int | None = None  # positions that attention sees; None: as many as the request needs
     chunk: int = 512  # tokens of a prompt that are computed at once
     block: int = 64  # positions in one block of the KV cache
-    kv_dtype: str = 'float32'
+    kv_dtype: str = 'float32'  # of the KV cache
     device: str = 'auto'
     verify: bool = False  # check the file's checksums while loading
     weights: str | None = None  # kind of the matrices in memory; None: as in the file

@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--seed', type=int, default=0, help='the same seed gives the same text')
     p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be repeated')
     p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
-    p.add_argument('--kv', default='float32', choices=('float32', 'bfloat16'), help='element type of the KV cache')
+    p.add_argument('--kv', choices=('float32', 'bfloat16'),
+                   help='element type of the KV cache (default: bfloat16 with int8 and int4 weights, else float32)')
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=('float32', 'bfloat16'),
                    help='bfloat16: round them before they meet bfloat16 weights')

@@ -21,6 +21,7 @@ from tpmpi.kernels.tiles import LANES, PER_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
 MOST_ROWS, FEWEST_ROWS = 16, 4  # queries of one block
+V_ROWS = 64  # rows of V in one pass: 16 KiB, half of a first-level cache
 f32 = np.float32
 
 
@@ -124,8 +125,9 @@ def _attention(kind: str):
         for piece in range(len(pieces)):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             begin, end = slot // each * each, -(-last // each) * each
-            add(sa + 4 * (column + begin % LANES), 4 * width, m, va + begin * wide * 4 // each, LANES * 4, wide * 4,
-                wide // LANES, (end - begin) // each, oa, 4 * wide)
+            for at in range(begin, end, V_ROWS):
+                add(sa + 4 * (column + begin % LANES + at - begin), 4 * width, m, va + at * wide * 4 // each, LANES * 4, wide * 4,
+                    wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
         for row in range(rows):
             for h in range(heads):
                 for i in range(dim):

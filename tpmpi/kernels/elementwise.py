@@ -88,23 +88,16 @@ def round_bfloat16(x, y):
 
 
 @helper
-def turned(row, first, i, dim, cos, sin, t, rope):
-    """Element i of the head that begins at `first`, turned by RoPE if there is one."""
+def turn(x, cos, sin, rope, y):
+    """One head, turned by RoPE if there is one.  x, y: [head_dim]"""
+    half = len(x) // 2
     if not rope:
-        return row[first + i]
-    half = dim // 2
-    other = row[first + i + half] if i < half else row[first + i - half]
-    return row[first + i] * cos[t, i] + other * sin[t, i]
-
-
-@helper
-def turn_queries(qkv, cos, sin, rope, q):
-    """The first heads of the fused projection, turned."""
-    heads, dim = q.shape[1], q.shape[2]
-    for t in range(len(qkv)):
-        for head in range(heads):
-            for i in range(dim):
-                q[t, head, i] = turned(qkv[t], head * dim, i, dim, cos, sin, t, rope)
+        y[:] = x
+        return
+    for i in range(half):
+        y[i] = x[i] * cos[i] + x[half + i] * sin[i]
+    for i in range(half, len(x)):
+        y[i] = x[i] * cos[i] + x[i - half] * sin[i]
 
 
 @kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1])')
@@ -113,13 +106,18 @@ def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values):
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
     k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
     wide = -(-dim // LANES) * LANES
-    turn_queries(qkv, cos, sin, rope, q)
+    turned = np.empty(dim, np.float32)
     for t in range(len(qkv)):
         row, slot = qkv[t], slots[t]
+        for head in range(heads):
+            turn(row[head * dim:(head + 1) * dim], cos[t], sin[t], rope, q[t, head])
         for head in range(kv_heads):
             at_k, at_v = (heads + head) * dim, (heads + kv_heads + head) * dim
+            panel = slot // LANES * (dim * LANES) + slot % LANES
+            turn(row[at_k:at_k + dim], cos[t], sin[t], rope, turned)
             for i in range(dim):
-                k[head, slot // LANES * (dim * LANES) + i * LANES + slot % LANES] = turned(row, at_k, i, dim, cos, sin, t, rope)
+                k[head, panel + i * LANES] = turned[i]
+            for i in range(dim):
                 v[head, slot * wide + i] = row[at_v + i]
 
 
@@ -129,15 +127,18 @@ def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values):
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
     k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
     wide, even = -(-dim // LANES) * LANES, dim + dim % 2
-    turn_queries(qkv, cos, sin, rope, q)
+    turned = np.empty(dim, np.float32)
     for t in range(len(qkv)):
         row, slot = qkv[t], slots[t]
+        for head in range(heads):
+            turn(row[head * dim:(head + 1) * dim], cos[t], sin[t], rope, q[t, head])
         for head in range(kv_heads):
             at_k, at_v = (heads + head) * dim, (heads + kv_heads + head) * dim
+            panel = slot // LANES * (even * LANES) + slot % LANES * 2
+            turn(row[at_k:at_k + dim], cos[t], sin[t], rope, turned)
             for i in range(dim):
-                panel = slot // LANES * (even * LANES)
-                k[head, panel + i // 2 * (2 * LANES) + slot % LANES * 2 + i % 2] = bfloat16(
-                    turned(row, at_k, i, dim, cos, sin, t, rope))
+                k[head, panel + i // 2 * (2 * LANES) + i % 2] = bfloat16(turned[i])
+            for i in range(dim):
                 v[head, slot // 2 * (2 * wide) + 2 * i + slot % 2] = bfloat16(row[at_v + i])
 
 
