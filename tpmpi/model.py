@@ -93,11 +93,11 @@ def decoder_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, mod
     a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
     c = attention(a, layer, cache, step, rope, model, ops)  # C, this rank's part
     comm.all_reduce(c)  # C, whole
-    x = x + c if config.residual else c
+    x = added(x, c, config)
     a = norm(x, layer.mlp_norm, config, ops)  # [tokens, hidden]
     e = mlp(a, layer, config, ops)  # E, this rank's part
     comm.all_reduce(e)  # E, whole
-    return x + e if config.residual else e
+    return added(x, e, config)
 
 
 def parallel_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
@@ -108,7 +108,7 @@ def parallel_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, mo
     e = mlp(a, layer, config, ops)  # E, this rank's part
     c += e
     comm.all_reduce(c)  # C + E, whole
-    return x + c if config.residual else c
+    return added(x, c, config)
 
 
 def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops):
@@ -128,6 +128,13 @@ def mlp(a, layer: LayerShard, config: ModelConfig, ops):
     else:
         d = ops.activate(d, config.activation)  # D  [tokens, ffn/n]
     return ops.linear(d, layer.down)  # E, partial
+
+
+def added(x, part, config: ModelConfig):
+    """The residual sum, in place of `part`: a new array for it would take longer than the sum."""
+    if config.residual:
+        part += x
+    return part
 
 
 def norm(x, gain, config: ModelConfig, ops):
