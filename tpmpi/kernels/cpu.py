@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tpmpi.kernels import attention, elementwise, jit, packing, products, reference
+from tpmpi.kernels import attention, elementwise, jit, matrix_units, packing, products, reference
 from tpmpi.kernels.jit import HALVES
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
@@ -38,6 +38,7 @@ class Kernels:
         found += [getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
+            found += [units[kind] for units in (matrix_units.TILES, matrix_units.PAIRS) if kind in units]
         return found
 
     missing, build, folder = staticmethod(jit.missing), staticmethod(jit.build), jit.FOLDER
@@ -97,8 +98,15 @@ class Kernels:
             if self.rounded and weight.kind == 'bfloat16':
                 x, given = np.empty_like(x), x
                 elementwise.round_bfloat16(given, x)
-            products.MULTIPLY[weight.kind](_even(x, weight), weight.data, y, self.threads)
+            self._product(x, weight)(_even(x, weight), weight.data, y, self.threads)
         return y
+
+    def _product(self, x, weight: Weight):
+        """The kernel for so many rows: the matrix units, where there are any, or the ordinary one."""
+        if len(x) >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.STEP == 0:
+            units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})
+            return units.get(weight.kind, products.MULTIPLY[weight.kind])
+        return products.MULTIPLY[weight.kind]
 
     @staticmethod
     def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):

@@ -7,9 +7,11 @@ Kernels release the GIL, so that the threads of Python (the watch over the ranks
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import stat
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,11 +23,13 @@ from numba.core import config, registry
 
 TRIPLE, CPU, _FEATURES = registry.cpu_target.target_context.codegen().magic_tuple()  # follows NUMBA_CPU_NAME as well
 FEATURES = frozenset(f[1:] for f in _FEATURES.split(',') if f.startswith('+'))
-X86 = TRIPLE.startswith('x86_64')
 
 # 32-bit lanes of a vector: AVX-512, AVX2, or the 128 bits that every x86-64 and aarch64 has
-WIDTH = 16 if {'avx512f', 'avx512bw'} <= FEATURES else 8 if {'avx2', 'fma'} <= FEATURES else 4
-HALVES = 'f16c' in FEATURES or not X86  # the CPU widens float16 itself
+NATIVE_WIDTH = 16 if {'avx512f', 'avx512bw'} <= FEATURES else 8 if {'avx2', 'fma'} <= FEATURES else 4
+WIDTH = int(os.environ.get('TPMPI_VECTOR_LANES', NATIVE_WIDTH))  # the tests: LLVM makes two vectors of one too wide
+X86 = TRIPLE.startswith('x86_64') and WIDTH <= NATIVE_WIDTH  # may use the instructions for integers
+VNNI = X86 and WIDTH == 16 and 'avx512vnni' in FEATURES or X86 and WIDTH == 8 and 'avxvnni' in FEATURES  # products of pairs, added
+HALVES = 'f16c' in FEATURES or not TRIPLE.startswith('x86_64')  # the CPU widens float16 itself
 
 OPTIONS = {'nogil': True, 'error_model': 'numpy', 'fastmath': {'contract', 'nsz'}}
 PARALLEL = int(os.environ.get('NUMBA_NUM_THREADS', '1')) > 1  # what session.start chose for this rank
@@ -95,7 +99,7 @@ def cache_folder(environ=os.environ) -> Path:
     for source in sorted(Path(__file__).parent.glob('*.py')):
         digest.update(repr((str(source), source.stat().st_mtime_ns)).encode() + source.read_bytes())
     digest.update(repr((numba.__version__, llvmlite.__version__, np.__version__, sys.version_info[:2], TRIPLE, CPU, _FEATURES,
-                        PARALLEL)).encode())
+                        PARALLEL, MATRIX_UNITS, WIDTH)).encode())
     name = f'kernels-{digest.hexdigest()[:16]}'
     choices = [environ.get('TPMPI_CACHE_DIR'), environ.get('XDG_CACHE_HOME') and environ['XDG_CACHE_HOME'] + '/tpmpi']
     for base in [Path(c) for c in choices if c] + [Path(os.path.expanduser('~/.cache/tpmpi'))]:
@@ -114,5 +118,38 @@ def cache_folder(environ=os.environ) -> Path:
     return Path(tempfile.mkdtemp(prefix='tpmpi-'))
 
 
+CHECK = 'from tpmpi.kernels.matrix_units import self_check; raise SystemExit(not self_check())'
+KINDS_OF_UNITS = ('none', 'amx', 'avx512bf16', 'emulated')
+
+
+def granted_units(environ=os.environ) -> str:
+    """The matrix units that this CPU has and the system grants, or what $TPMPI_MATRIX_UNITS names."""
+    asked = environ.get('TPMPI_MATRIX_UNITS', 'auto')
+    if asked not in ('auto', *KINDS_OF_UNITS):
+        raise ValueError(f'TPMPI_MATRIX_UNITS is {asked!r}; expected auto, {", ".join(KINDS_OF_UNITS)}')
+    if asked in ('auto', 'amx') and {'amx-tile', 'amx-bf16'} <= FEATURES and sys.platform == 'linux':
+        arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+        if ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0:
+            return 'amx'
+    if asked == 'auto':
+        return 'avx512bf16' if WIDTH == 16 and 'avx512bf16' in FEATURES else 'none'
+    return asked
+
+
+def units_work() -> bool:
+    """Whether a child process, which a wrong instruction may kill, got right products from the units; kept beside the code."""
+    works, fails = (FOLDER / f'{MATRIX_UNITS}.{word}' for word in ('works', 'fails'))
+    if not works.exists() and not fails.exists():
+        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
+        env = os.environ | {'TPMPI_MATRIX_UNITS': MATRIX_UNITS, 'PYTHONPATH': os.pathsep.join(path)}
+        child = subprocess.run([sys.executable, '-c', CHECK], env=env, stdin=subprocess.DEVNULL, capture_output=True)
+        (fails if child.returncode else works).touch()
+    return works.exists()
+
+
+MATRIX_UNITS = granted_units()
 FOLDER = cache_folder()
+if os.environ.get('TPMPI_MATRIX_UNITS', 'auto') == 'auto' and MATRIX_UNITS != 'none' and not units_work():
+    MATRIX_UNITS = 'none'
+    FOLDER = cache_folder()
 config.CACHE_DIR = str(FOLDER)

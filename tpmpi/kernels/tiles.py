@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tpmpi.kernels.jit import HALVES, WIDTH, X86
+from tpmpi.kernels.jit import HALVES, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
 PARTS = LANES // WIDTH  # vectors in a panel's row
@@ -79,15 +79,17 @@ class Emit:
         """a * b + c, in one rounding where the CPU has that."""
         return self.call(f'llvm.fmuladd.v{WIDTH}f32', a, b, c)
 
-    def dot_pairs(self, a, b):
-        """Sums of two neighbouring products of 16-bit integers, in 32 bits."""
+    def add_pairs(self, total, a, b):
+        """total plus two neighbouring products of 16-bit integers, in 32 bits."""
+        if VNNI:
+            return self.call(f'llvm.x86.avx512.vpdpwssd.{32 * WIDTH}', total, self.b.bitcast(a, VI), self.b.bitcast(b, VI))
         if X86:
-            return self.call(PMADDWD, a, b, result=VI)
+            return self.b.add(total, self.call(PMADDWD, a, b, result=VI))
         wide = ir.VectorType(I32, 2 * WIDTH)
         product = self.b.mul(self.b.sext(a, wide), self.b.sext(b, wide))
         nothing = ir.Constant(wide, ir.Undefined)
         even, odd = (self.b.shuffle_vector(product, nothing, ir.Constant(VI, list(range(i, 2 * WIDTH, 2)))) for i in (0, 1))
-        return self.b.add(even, odd)
+        return self.b.add(total, self.b.add(even, odd))
 
     def widen(self, address):
         """WIDTH scales, as stored in a panel, as float32."""
@@ -180,16 +182,16 @@ def integer_tile(kind: str, rows: int, panels: int):
                     return b.bitcast(e.splat(e.load(e.at(xg[r], (inner.index, 4 * pairs), 4 * j), I32, 4)), VH)
 
                 def w_at(v):
-                    return _pairs(e, kind, wg[v // PARTS], inner.index, v % PARTS)
+                    return group_pairs(e, kind, wg[v // PARTS], inner.index, v % PARTS)
 
                 def add(r, v, j, xk, value):
-                    b.store(b.add(e.dot_pairs(value, xk), b.load(sums[r][v])), sums[r][v])
+                    b.store(e.add_pairs(b.load(sums[r][v]), value, xk), sums[r][v])
 
                 outer_product(rows, columns, pairs, x_at, w_at, add)
             for r in range(rows):
                 x_scale, x_total = (e.splat(e.load(e.at(a, (scale_row, r), (loop.index, 4)), F32, 4)) for a in (scale, total))
                 for v in range(columns):
-                    w_scale, w_offset = _scales(e, kind, wg[v // PARTS], v % PARTS)
+                    w_scale, w_offset = group_scales(e, kind, wg[v // PARTS], v % PARTS)
                     value = e.load(ys[r][v], VF, 4)
                     if w_offset is not None:
                         value = e.fma(w_offset, x_total, value)
@@ -202,7 +204,7 @@ def integer_tile(kind: str, rows: int, panels: int):
     return tile
 
 
-def _pairs(e: Emit, kind: str, group, index, part: int) -> list:
+def group_pairs(e: Emit, kind: str, group, index, part: int) -> list:
     """The pairs of 16-bit weights of one step along k for WIDTH outputs."""
     b = e.b
     if kind == 'int8':
@@ -213,7 +215,7 @@ def _pairs(e: Emit, kind: str, group, index, part: int) -> list:
     return [b.bitcast(value, VH) for value in low] + [b.lshr(b.bitcast(words, VH), ir.Constant(VH, [12] * 2 * WIDTH))]
 
 
-def _scales(e: Emit, kind: str, group, part: int):
+def group_scales(e: Emit, kind: str, group, part: int):
     """Scales and offsets of WIDTH outputs for a group; None where the kind has no offsets."""
     at = e.at(group, GROUP_VALUES[kind] + part * WIDTH * HALF_BYTES)
     return e.widen(at), e.widen(e.at(at, LANES * HALF_BYTES)) if kind == 'int4' else None
