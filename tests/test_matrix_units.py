@@ -52,7 +52,8 @@ AVX512 = '+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vn
 
 def run(program: str, **variables):
     """The last line that a program prints, as JSON."""
-    done = subprocess.run([sys.executable, '-c', program], env=environment(**variables), capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, '-c', program], env=environment(**variables), capture_output=True, text=True,
+                          timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -89,7 +90,8 @@ print(json.dumps([jit.units_work(), (jit.FOLDER / 'amx.fails').exists()]))
 
 def test_an_unknown_unit_is_refused():
     program = 'from tpmpi.kernels import jit'
-    done = subprocess.run([sys.executable, '-c', program], env=environment(TPMPI_MATRIX_UNITS='tpu'), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', program], env=environment(TPMPI_MATRIX_UNITS='tpu'), capture_output=True,
+                          text=True)
     assert done.returncode == 1 and "TPMPI_MATRIX_UNITS is 'tpu'; expected auto, none, amx" in done.stderr
 
 

@@ -28,7 +28,7 @@ FEATURES = frozenset(f[1:] for f in _FEATURES.split(',') if f.startswith('+'))
 NATIVE_WIDTH = 16 if {'avx512f', 'avx512bw'} <= FEATURES else 8 if {'avx2', 'fma'} <= FEATURES else 4
 WIDTH = int(os.environ.get('TPMPI_VECTOR_LANES', NATIVE_WIDTH))  # the tests: LLVM makes two vectors of one too wide
 X86 = TRIPLE.startswith('x86_64') and WIDTH <= NATIVE_WIDTH  # may use the instructions for integers
-VNNI = X86 and WIDTH == 16 and 'avx512vnni' in FEATURES or X86 and WIDTH == 8 and 'avxvnni' in FEATURES  # products of pairs, added
+VNNI = X86 and {16: 'avx512vnni', 8: 'avxvnni'}.get(WIDTH) in FEATURES  # products of pairs, added in one instruction
 HALVES = 'f16c' in FEATURES or not TRIPLE.startswith('x86_64')  # the CPU widens float16 itself
 
 OPTIONS = {'nogil': True, 'error_model': 'numpy', 'fastmath': {'contract', 'nsz'}}

@@ -1,7 +1,8 @@
 """x · W for every kind of weights and every number of tokens, on panels (see tiles.py for their layout).
 
 One token: four far streams through the matrix, at once the fastest way to read memory (a single stream got 20 GB/s on
-a core that gives 24 to four).  Many tokens: panels stay in the cache while all rows pass.  Each output is accumulated in the same order in all cases.
+a core that gives 24 to four).  Many tokens: panels stay in the cache while all rows pass.  Each output is accumulated in
+the same order in all cases.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from numba import prange
 
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.rows import row_quantize
-from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, LANES, PER_STEP, float_tile, integer_tile, keep
+from tpmpi.kernels.tiles import GROUP, LANES, PER_STEP, float_tile, integer_tile, keep
 
 K_BLOCK = 1024  # weights along k in one pass over many rows: four panels of them stay in the second-level cache
 PANELS = 4  # of one pass
