@@ -9,6 +9,7 @@ no size is believed that the file's own length does not cover.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import reprlib
 from collections.abc import Collection, Mapping
@@ -191,6 +192,7 @@ class CheckpointReader:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._tensors: dict[str, tuple[str, dict[str, tuple[Part, h5py.Dataset]]]] = {}  # those that have been checked
+        self._own: set[str] = set()  # paths that are no links to elsewhere
         self._listed: set[str] = set()  # groups without strange members
         self._open()
         try:
@@ -275,23 +277,29 @@ class CheckpointReader:
     def _dataset(self, name: str) -> h5py.Dataset:
         """A dataset that lies, whole and as plain bytes, in this file.  Anything else is refused, unread."""
         parts = name.split('/')
-        for i in range(1, len(parts) + 1):
-            link = self.file.get('/'.join(parts[:i]), getlink=True)
-            if link is None:
-                raise CheckpointError(f'{self.path}: tensor {name} is missing')
-            if not isinstance(link, h5py.HardLink):
-                raise CheckpointError(f'{self.path}: {"/".join(parts[:i])} is a link to elsewhere, which is never followed')
-        dataset = self.file[name]
-        if not isinstance(dataset, h5py.Dataset):
+        for path in ('/'.join(parts[:i]) for i in range(1, len(parts) + 1)):
+            if path not in self._own:
+                if not self._exists(path):
+                    raise CheckpointError(f'{self.path}: tensor {name} is missing')
+                if self.file.id.links.get_info(path.encode()).type != h5py.h5l.TYPE_HARD:
+                    raise CheckpointError(f'{self.path}: {path} is a link to elsewhere, which is never followed')
+                self._own.add(path)
+        found = h5py.h5o.open(self.file.id, name.encode())
+        if not isinstance(found, h5py.h5d.DatasetID):
             raise CheckpointError(f'{self.path}: {name} is no dataset')
+        dataset = h5py.Dataset(found)
         plist = dataset.id.get_create_plist()
         if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count() or plist.get_nfilters():
             raise CheckpointError(f'{self.path}: {name} is chunked, compressed, virtual or external; '
                                   f'expected one contiguous dataset (h5repack -l CONTI -f NONE makes it so)')
-        offset, size = dataset.id.get_offset(), dataset.size * dataset.id.get_type().get_size()
+        offset, size = found.get_offset(), math.prod(found.shape) * found.get_type().get_size()
         if size and (offset is None or offset + size > self.length):
             raise CheckpointError(f'{self.path}: {name} needs bytes beyond the end of the file; copy or convert it again')
         return dataset
+
+    def _exists(self, path: str) -> bool:
+        """Whether there is a link of this name.  The low-level interface: a model has a thousand of them to check."""
+        return self.file.id.links.exists(path.encode())
 
     def kind(self, name: str) -> str:
         """How a tensor is stored: one of weights.WEIGHT_KINDS."""
@@ -305,19 +313,19 @@ class CheckpointReader:
         return self._tensors[spec.name]
 
     def _check(self, spec: TensorSpec) -> tuple[str, dict[str, tuple[Part, h5py.Dataset]]]:
-        dataset, known = self._dataset(spec.name), [k for k in FILE_TYPES if k not in GROUP_PARTS or self.version > 1]
-        kind = next((k for k in known if dataset.id.get_type() == FILE_TYPES[k]), None)
+        first, known = self._dataset(spec.name), [k for k in FILE_TYPES if k not in GROUP_PARTS or self.version > 1]
+        kind = next((k for k in known if first.id.get_type() == FILE_TYPES[k]), None)
         if kind is None:
-            raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {dataset.dtype}; '
+            raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {first.dtype}; '
                                   f'expected {" or ".join(known)}')
         if not spec.fits(kind):
             raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {kind}, and cannot be: {spec.why_not(kind)}')
         if kind in GROUP_PARTS:
-            self._check_group_attributes(spec, attributes(dataset), group_attributes(spec, kind))
+            self._check_group_attributes(spec, first, group_attributes(spec, kind))
         parts = {}
         for name, part in tensor_parts(spec, kind).items():
-            dataset = self._dataset(part.path)
-            if dataset.shape != part.shape:
+            dataset = first if part.path == spec.name else self._dataset(part.path)
+            if dataset.id.shape != part.shape:
                 raise CheckpointError(f'{self.path}: tensor {part.path} is {list(dataset.shape)}; '
                                       f'the configuration says {list(part.shape)}')
             if dataset.id.get_type() != part.file_type:
@@ -326,7 +334,8 @@ class CheckpointReader:
         self._refuse_strangers(spec, parts)
         return kind, parts
 
-    def _check_group_attributes(self, spec: TensorSpec, found: Mapping, expected: Mapping):
+    def _check_group_attributes(self, spec: TensorSpec, dataset: h5py.Dataset, expected: Mapping):
+        found = attributes(dataset, expected)
         for name, value in expected.items():
             if not np.array_equal(found.get(name), value):
                 short = reprlib.repr(found.get(name))
@@ -335,7 +344,7 @@ class CheckpointReader:
     def _refuse_strangers(self, spec: TensorSpec, parts: Collection[str]):
         """Nothing lies beside a tensor that would have to change the result: parts of another kind, unknown tensors."""
         for name in ALL_GROUP_PARTS:
-            if name not in parts and self.file.get(f'{spec.name}.{name}', getlink=True) is not None:
+            if name not in parts and self._exists(f'{spec.name}.{name}'):
                 raise CheckpointError(f'{self.path}: {spec.name}.{name} does not belong to a tensor of this kind')
         group = spec.name
         while group:

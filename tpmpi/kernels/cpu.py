@@ -30,11 +30,10 @@ class Kernels:
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'
 
-    @staticmethod
-    def needed(kinds: Sequence[str], kv_dtype: str) -> list:
+    def needed(self, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
         found = [elementwise.rms_norm, elementwise.activate, elementwise.gated_activation, elementwise.log_sum_exp]
-        found += [elementwise.round_bfloat16]
+        found += [elementwise.round_bfloat16] if self.rounded else []
         found += [getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
