@@ -35,6 +35,7 @@ class Kernels:
         found = [elementwise.rms_norm, elementwise.activate, elementwise.gated_activation, elementwise.log_sum_exp]
         found += [elementwise.round_bfloat16] if self.rounded else []
         found += [getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
+        found += [packing.touch] if self.threads > 1 else []
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
             found += [units[kind] for units in (matrix_units.TILES, matrix_units.PAIRS) if kind in units]
@@ -44,8 +45,7 @@ class Kernels:
 
     # ---- weights
 
-    @staticmethod
-    def new_weight(rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=np) -> Weight:
+    def new_weight(self, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=np) -> Weight:
         """An empty packed matrix for `rows` stored rows; `fill` puts them in, piece by piece."""
         k, outputs = (rows, hidden_size) if transposed else (hidden_size, rows)
         if kind in PER_STEP:
@@ -53,7 +53,10 @@ class Kernels:
         else:
             assert k % GROUP == 0
             size = k // GROUP * GROUP_BYTES[kind]
-        return Weight(np.zeros((-(-outputs // LANES), size), np.uint8), kind, letter, k, outputs)
+        data = np.zeros((-(-outputs // LANES), size), np.uint8)
+        if self.threads > 1:
+            packing.touch(data, self.threads)
+        return Weight(data, kind, letter, k, outputs)
 
     @staticmethod
     def fill(weight: Weight, at: int, stored: Stored) -> None:

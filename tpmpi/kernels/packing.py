@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import prange
 
-from tpmpi.kernels.jit import helper, kernel
+from tpmpi.kernels.jit import helper, kernel, shared_kernel
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES
 
 INT8_BYTES, INT8_SCALES = GROUP_BYTES['int8'], GROUP_VALUES['int8']  # of a group; where its scales begin
 INT4_BYTES, INT4_SCALES = GROUP_BYTES['int4'], GROUP_VALUES['int4']
 
 # raw, [outputs, k] or, transposed, [k, outputs]; at: where its first row goes; w: [panels, values of a panel]
+
+
+@shared_kernel('void(u1[:, ::1], i8)')
+def touch(w, threads):
+    """Zeros, each thread's panels written by itself: their pages then lie in the memory of its NUMA domain."""
+    for thread in prange(threads):
+        t, panels = np.int64(thread), len(w)
+        for panel in range(panels * t // threads, panels * (t + 1) // threads):
+            for i in range(w.shape[1]):
+                w[panel, i] = 0
 
 
 @helper
