@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
 from references import FOLDER, answer, check_greedy, check_logprobs, check_top
 
 pytestmark = pytest.mark.real_model
@@ -61,3 +61,18 @@ def test_bfloat16_weights_are_near(gguf, tmp_path):
     found = answer(tmp_path / 'bfloat16.h5', [case], 2, tmp_path)[0]
     mean = sum(found['prompt_logprobs']) / len(found['prompt_logprobs'])
     assert mean == pytest.approx(case['mean_logprob'], rel=0.01)
+
+
+def test_integer_weights_keep_the_quality(gguf, tmp_path):
+    """Over 2,100 tokens: the file's own Q4_1 is its dequantized self, and int8 is float32 within 0.1 %."""
+    from tpmpi.convert import convert
+    convert(gguf, tmp_path / 'as_in_file.h5')
+    runs = ('weights=float32', 'file', 'weights=int8')
+    done = run_ranks(2, ROOT / 'data' / 'quality.py', '--model', tmp_path / 'as_in_file.h5', '--tokens', 2100,
+                     *(option for run in runs for option in ('--run', run)), timeout=600)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.split('|')] for line in done.stdout.splitlines() if line.startswith('| ')]
+    means = {row[1]: float(row[2]) for row in cells if row[1] in runs}
+    print(means)
+    assert abs(means['file'] - means['weights=float32']) < 1e-3
+    assert means['weights=int8'] == pytest.approx(means['weights=float32'], rel=1e-3)

@@ -17,7 +17,7 @@ from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LA
 from tpmpi.weights import Stored, Weight
 
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.int8, 'int4': np.uint8}  # a panel seen as these
-STREAM_K = 1024  # rows of what `stream` takes for a matrix
+STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 
 
