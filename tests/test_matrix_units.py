@@ -88,11 +88,12 @@ print(json.dumps([jit.units_work(), (jit.FOLDER / 'amx.fails').exists()]))
     assert run(program, TPMPI_MATRIX_UNITS='none', TPMPI_CACHE_DIR=str(tmp_path)) == [False, True]
 
 
-def test_an_unknown_unit_is_refused():
-    program = 'from tpmpi.kernels import jit'
-    done = subprocess.run([sys.executable, '-c', program], env=environment(TPMPI_MATRIX_UNITS='tpu'), capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and "TPMPI_MATRIX_UNITS is 'tpu'; expected auto, none, amx" in done.stderr
+@pytest.mark.parametrize(('unit', 'message'), [('tpu', "is 'tpu'; expected auto, none, amx"),
+                                               ('amx', 'is amx; this CPU lacks amx-bf16, amx-tile')])
+def test_a_unit_that_is_unknown_or_not_there_is_refused(unit, message):
+    done = subprocess.run([sys.executable, '-c', 'from tpmpi.kernels import jit'], capture_output=True, text=True,
+                          env=environment(TPMPI_MATRIX_UNITS=unit, NUMBA_CPU_NAME='generic'))
+    assert done.returncode == 1 and 'TPMPI_MATRIX_UNITS ' + message in done.stderr
 
 
 WIDTHS = '''

@@ -95,9 +95,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
-    for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache, None for
-    bfloat16 with int8 and int4 weights (measured: it costs them nothing) and float32 otherwise.  verify: check the file's
-    checksums.
+    for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache; None is bfloat16 with int8 and int4
+    weights, which it costs nothing (data/quality.py), and float32 otherwise.  verify: check the file's checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
     'reference' (NumPy, CuPy), or 'auto'.  activations: 'bfloat16' rounds them before they meet bfloat16 weights.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.

@@ -137,7 +137,7 @@ def attributes(thing: h5py.HLObject, names: Iterable[str] | None = None) -> dict
         size = int(np.prod(attribute.shape, dtype=object)) * kind.get_size()
         if size > MAX_TEXT:
             raise TypeError(f'attribute {name} of {thing.name} has {size} bytes')
-        value = np.empty(attribute.shape, attribute.dtype)  # as thing.attrs[name] is, in a quarter of its time
+        value = np.empty(attribute.shape, attribute.dtype)  # what thing.attrs[name] does, without opening it again
         attribute.read(value, mtype=h5py.h5t.py_create(attribute.dtype))
         value = value.item() if value.ndim == 0 else value
         values[name] = value.decode() if isinstance(value, bytes) else value

@@ -29,6 +29,7 @@ class Kernels:
 
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'
+        self.units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})  # for many rows, by kind of weight
 
     def needed(self, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
@@ -38,7 +39,7 @@ class Kernels:
         found += [packing.touch] if self.threads > 1 else []
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
-            found += [units[kind] for units in (matrix_units.TILES, matrix_units.PAIRS) if kind in units]
+            found += [self.units[kind]] if kind in self.units else []
         return found
 
     missing, build, folder = staticmethod(jit.missing), staticmethod(jit.build), jit.FOLDER
@@ -106,8 +107,7 @@ class Kernels:
     def _product(self, x, weight: Weight):
         """The kernel for so many rows: the matrix units, where there are any, or the ordinary one."""
         if len(x) >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.STEP == 0:
-            units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})
-            return units.get(weight.kind, products.MULTIPLY[weight.kind])
+            return self.units.get(weight.kind, products.MULTIPLY[weight.kind])
         return products.MULTIPLY[weight.kind]
 
     @staticmethod

@@ -127,6 +127,9 @@ def granted_units(environ=os.environ) -> str:
     asked = environ.get('TPMPI_MATRIX_UNITS', 'auto')
     if asked not in ('auto', *KINDS_OF_UNITS):
         raise ValueError(f'TPMPI_MATRIX_UNITS is {asked!r}; expected auto, {", ".join(KINDS_OF_UNITS)}')
+    lacking = {'amx': {'amx-tile', 'amx-bf16'}, 'avx512bf16': {'avx512f', 'avx512bw', 'avx512bf16'}}.get(asked, set()) - FEATURES
+    if lacking:  # LLVM would end the process over an instruction that it cannot select
+        raise ValueError(f'TPMPI_MATRIX_UNITS is {asked}; this CPU lacks {", ".join(sorted(lacking))}: leave it at auto')
     if asked in ('auto', 'amx') and {'amx-tile', 'amx-bf16'} <= FEATURES and sys.platform == 'linux':
         arch_prctl, request_permission, tile_data = 158, 0x1023, 18
         if ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0:
