@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,12 @@ class ThreadCommunicator:
 
     def broadcast(self, x):
         x[...] = self._meet(x.copy())[0]
+
+    def announce(self, value=None):
+        return pickle.loads(self._meet(pickle.dumps(value))[0])
+
+    def rest(self):
+        self._meet(None)
 
 
 def on_threads(size: int, function) -> list:

@@ -12,7 +12,7 @@ from ranks import on_threads
 
 from tpmpi.config import ConfigError
 from tpmpi.kernels import reference as ops
-from tpmpi.sampling import Sampler, SamplingParams, gumbel_noise, token_logprobs
+from tpmpi.sampling import Draw, Sampler, SamplingParams, gumbel_noise, token_logprobs
 from tpmpi.sharding import split
 
 
@@ -28,10 +28,10 @@ def choose(logits, params, ranks, history=(), request=0):
 
     def work(comm):
         vocab = vocab_of(len(logits), ranks, comm.rank)
-        sampler = Sampler(params, vocab, len(logits), ops, comm, request)
-        return sampler.choose(logits[vocab.start:vocab.stop], list(history))
+        sampler = Sampler(vocab, len(logits), ops, comm)
+        return sampler.choose(logits[None, vocab.start:vocab.stop], [Draw(params, request, list(history))])
 
-    return on_threads(ranks, work)[0]
+    return on_threads(ranks, work)[0][0]
 
 
 def allowed_by_hand(logits, params, history):
@@ -89,12 +89,10 @@ def test_frequencies_are_the_distribution(params):
 
     def work(comm):
         vocab = vocab_of(24, 3, comm.rank)
-        tokens = []
-        for request in range(draws):
-            sampler = Sampler(SamplingParams(seed=9, **params), vocab, 24, ops, comm, request)
-            choice = sampler.choose(logits[vocab.start:vocab.stop], [])
-            tokens.append(None if choice is None else choice.token)
-        return tokens
+        sampler = Sampler(vocab, 24, ops, comm)
+        wanted = [Draw(SamplingParams(seed=9, **params), request, []) for request in range(draws)]
+        choices = sampler.choose(np.tile(logits[vocab.start:vocab.stop], (draws, 1)), wanted)
+        return [choice.token for choice in choices or ()]
 
     counts = np.bincount(on_threads(3, work)[0], minlength=24)
     assert {i for i in range(24) if counts[i]} <= set(kept)
@@ -168,6 +166,23 @@ def test_noise_is_gumbel():
 def test_values_out_of_range_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         SamplingParams(**change)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), ranks=st.integers(1, 3))
+def test_many_rows_at_once_are_each_row_alone(data, ranks):
+    logits = np.random.default_rng(data.draw(st.integers(0, 9))).normal(0, 2, (6, 700)).astype(np.float32)
+    kinds = [{}, {'temperature': 1.0}, {'temperature': 4.0, 'top_p': 0.97}, {'temperature': 0.7, 'top_k': 5, 'logprobs': 3},
+             {'temperature': 3.0, 'min_p': 0.01}, {'repetition_penalty': 1.4, 'logprobs': 2}]
+    draws = [Draw(SamplingParams(seed=i, **kind), 10 + i, [i] * i) for i, kind in enumerate(data.draw(st.permutations(kinds)))]
+
+    def work(comm):
+        vocab = vocab_of(700, ranks, comm.rank)
+        return Sampler(vocab, 700, ops, comm).choose(logits[:, vocab.start:vocab.stop], draws)
+
+    together = on_threads(ranks, work)[0]
+    assert together == [choose(row, draw.params, ranks, draw.history, draw.request)
+                        for row, draw in zip(logits, draws, strict=True)]
 
 
 def test_logits_that_are_not_numbers_are_an_error():

@@ -113,7 +113,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     from tpmpi.sharding import shard
 
     def open_all():
-        run = RunConfig(context, chunk, block, 'float32' if kv is None else kv, device, verify, weights, kernels, activations)
+        run = RunConfig(context, chunk, block, kv_dtype='float32' if kv is None else kv, device=device, verify=verify,
+                        weights=weights, kernels=kernels, activations=activations)
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')

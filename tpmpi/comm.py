@@ -6,11 +6,14 @@ BLAS threads, before NumPy starts them.
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from time import perf_counter, sleep
 
 import mpi4py
 from mpi4py import MPI
+
+HEAD_BYTES = 4096  # of an announcement: what a step of some dozen requests takes
 
 
 @dataclass
@@ -80,6 +83,28 @@ class Communicator:
         traffic.calls += 1
         traffic.bytes += nbytes
         traffic.seconds += perf_counter() - start
+
+    def announce(self, value=None):
+        """Rank 0's small object, on all ranks: what a step is.  One broadcast; a second one where it is large."""
+        if self.size == 1:
+            return value
+        start = perf_counter()
+        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL) if self.rank == 0 else b''
+        head = bytearray(HEAD_BYTES)
+        first = HEAD_BYTES - 8
+        head[:8 + min(len(data), first)] = len(data).to_bytes(8, 'little') + data[:first]
+        self.mpi_comm.Bcast(head)
+        size = int.from_bytes(head[:8], 'little')
+        if size > first:
+            rest = bytearray(data[first:] or size - first)
+            self.mpi_comm.Bcast(rest)
+            head += rest
+        self._count('broadcast', size, start)
+        return value if self.rank == 0 else pickle.loads(memoryview(head)[8:8 + size])
+
+    def rest(self) -> None:
+        """Wait for all ranks, asleep, where nothing is to be computed for a while."""
+        self._arrive()
 
     # ---- set-up only: these pickle, which is several times slower
 

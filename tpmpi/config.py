@@ -104,8 +104,9 @@ class RunConfig:
     """What a run chooses: none of it changes the model."""
 
     context: int | None = None  # positions that attention sees; None: as many as the request needs
-    chunk: int = 512  # tokens of a prompt that are computed at once
+    chunk: int = 512  # tokens that are computed at once
     block: int = 64  # positions in one block of the KV cache
+    share_prefixes: bool = True  # prompts that begin alike share blocks of the cache
     kv_dtype: str = 'float32'  # of the KV cache
     device: str = 'auto'
     verify: bool = False  # check the file's checksums while loading

@@ -1,13 +1,13 @@
-"""Generation: prefill a prompt in chunks, then one token a step, on all ranks in step.
+"""Generation: many requests at once, which join and leave between steps, on all ranks in step.
 
-Every rank runs the same loop on its own shard.  Rank 0 alone has the tokenizer: it chooses each token, knows the text,
-and broadcasts (token, whether to go on); nothing else is decided anywhere.
+Rank 0 decides what a step is (scheduler.py) and announces it; every rank computes it on its own shard.  Rank 0 alone has
+the tokenizer: it chooses each token and knows the text.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -16,12 +16,11 @@ import numpy as np
 from tpmpi.config import ConfigError, RunConfig
 from tpmpi.kv_cache import KVCache, Ring, ring_positions
 from tpmpi.model import ModelShard, Step, forward, logits
-from tpmpi.sampling import Choice, Sampler, SamplingParams, token_logprobs
+from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
+from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
 from tpmpi.tokenizer import StreamDecoder
 
 LOGIT_ROWS = 32  # prompt positions whose logits exist at once when the prompt is scored
-GO_ON, STOP, LENGTH, CANCELLED = range(4)
-FINISH_REASONS = {STOP: 'stop', LENGTH: 'length', CANCELLED: 'cancelled'}
 
 log = logging.getLogger(__name__)
 
@@ -39,25 +38,10 @@ class Timing:
     before_decode: tuple[float, int] = (0.0, 0)  # the communicator's all-reduce seconds and bytes until then
 
 
-@dataclass
-class Request:
-    """One prompt and what has become of it.  Text and log-probabilities are known on rank 0 only, tokens on all."""
-
-    prompt_tokens: list[int]
-    params: SamplingParams
-    id: int = 0  # keys the random choices, together with the seed
-    tokens: list[int] = field(default_factory=list)
-    text: str = ''
-    choices: list[Choice] = field(default_factory=list)
-    prompt_logprobs: list[float] | None = None  # of each prompt token from the second on
-    finish_reason: str | None = None
-    timing: Timing = field(default_factory=Timing)
-
-
 class StopText:
     """Cuts the stream at the first stop text, and holds back what may be the beginning of one."""
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Iterable[str]):
         self.stops, self.held, self.found = tuple(stops), '', False
 
     def push(self, text: str) -> str:
@@ -81,7 +65,7 @@ class StopText:
 class TextStream:
     """Tokens to the text that may be shown: whole characters, and nothing of a stop text."""
 
-    def __init__(self, tokenizer, stops: Sequence[str]):
+    def __init__(self, tokenizer, stops: Iterable[str]):
         self.decoder, self.stop_text = StreamDecoder(tokenizer), StopText(stops)
 
     @property
@@ -98,16 +82,65 @@ class TextStream:
         return '' if self.stopped else self.stop_text.push(self.decoder.flush()) + self.stop_text.flush()
 
 
+@dataclass(eq=False)
+class Request:
+    """One prompt and what has become of it.  Text and log-probabilities are known on rank 0 only."""
+
+    prompt_tokens: list[int]
+    params: SamplingParams
+    id: int = 0  # keys the random choices, together with the seed
+    tokens: list[int] = field(default_factory=list)
+    text: str = ''
+    choices: list[Choice] = field(default_factory=list)
+    prompt_logprobs: list[float] | None = None  # of each prompt token from the second on
+    embedding: np.ndarray | None = None  # [hidden]
+    finish_reason: str | None = None  # stop, length or cancelled
+    timing: Timing = field(default_factory=Timing)
+    cancelled: Callable[[], bool] = lambda: False  # asked on rank 0 with each token
+    stream: TextStream | None = None
+
+
+@dataclass
+class Running:
+    """A request that runs, as every rank sees it."""
+
+    params: SamplingParams
+    noise: int
+    tokens: list[int]  # prompt, and what was generated
+    prompt_tokens: int
+    computed: int  # of them are in the cache
+    ring: Ring
+
+
 class Engine:
-    """Runs requests on a model shard.  All ranks call the same methods; only rank 0 has a tokenizer, others None."""
+    """Runs requests on a model shard.  All ranks call `step` together; only rank 0 has a tokenizer, others None."""
 
     def __init__(self, model: ModelShard, tokenizer, device, ops, comm, run: RunConfig,
                  on_phase: Callable[[str], None] = lambda phase: None):
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.ops, self.comm, self.run, self.on_phase = ops, comm, run, on_phase
-        self.rolling_noted = False
+        self.sampler = Sampler(model.shard.vocab, model.config.vocab_size, ops, comm)
+        self.leads = comm.rank == 0
+        self.cache: KVCache | None = None
+        self.scheduler: Scheduler | None = None  # on rank 0
+        self.running: dict[int, Running] = {}
+        self.requests: dict[int, tuple[Request, Sequence]] = {}  # on rank 0: those that wait or run
+        self.steps, self.resting, self.rolling_noted = 0, False, False
+        self.seconds = dict.fromkeys(('prefill', 'decode', 'sampling', 'scheduling', 'waiting'), 0.0)  # sampling: part of steps
 
-    def request(self, prompt_tokens: Sequence[int], params: SamplingParams, id: int = 0) -> Request:
+    def allocate(self, num_blocks: int, max_sequences: int) -> None:
+        """The cache, for all requests to come; a collective call, while none runs."""
+        assert not self.running
+        model, run = self.model, self.run
+        self.cache = None
+        self.cache = KVCache(model.config, model.shard, num_blocks, run.block, self.ops, run.kv_dtype, self.device.xp)
+        if self.leads:
+            copying = run.block % getattr(self.ops, 'SLOTS_TOGETHER', 1) == 0
+            self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.window, copying)
+
+    # ---- requests, on rank 0
+
+    def request(self, prompt_tokens: Iterable[int], params: SamplingParams, id: int = 0) -> Request:
         """A checked request.  Raises ConfigError when it is empty, names tokens out of range, or cannot fit."""
         config, tokens = self.model.config, [int(t) for t in prompt_tokens]
         if not tokens:
@@ -122,45 +155,179 @@ class Engine:
                 f'{config.max_positions}: shorten them, or let old ones roll off with --context {config.max_positions}')
         return Request(tokens, params, id)
 
+    def add(self, request: Request, tokens: Iterable[int] = ()) -> None:
+        """Put a request in the queue; tokens: what an earlier run has generated of it, as if it had not been interrupted.
+
+        Raises ConfigError when it could never fit in the cache.
+        """
+        request.stream = TextStream(self.tokenizer, request.params.stop)
+        for token in tokens:
+            if request.finish_reason is None:
+                self._accept(request, token)
+        if request.finish_reason is None:
+            sequence = self.scheduler.add(request.prompt_tokens + request.tokens, request.params, request.id,
+                                          len(request.prompt_tokens))
+            self.requests[sequence.number] = request, sequence
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self.requests)
+
+    # ---- a step, on all ranks
+
+    def step(self, stop: bool = False) -> Plan:
+        """One step: what rank 0 plans, all compute.  Returns its plan.
+
+        On rank 0 the requests have their new token and text then, and those that are over their finish_reason; the other
+        ranks hear of both with the next plan.  stop: this is the last one, and nothing is computed.
+        """
+        if self.resting:
+            self.comm.rest()
+        start, plan = perf_counter(), None
+        if self.leads:
+            plan = Plan(stop=True) if stop else self.scheduler.plan()
+        plan = self.comm.announce(plan)
+        announced = perf_counter()
+        self.seconds['scheduling' if self.leads else 'waiting'] += announced - start
+        self._prepare(plan)
+        self.resting = plan.rest
+        if plan.work:
+            self.steps += 1
+            phase = self._run(plan)
+            self.seconds[phase] += perf_counter() - announced
+        return plan
+
+    def _prepare(self, plan: Plan) -> None:
+        """Who leaves, who joins, which blocks are copied."""
+        for number, _, _ in plan.ended:
+            self.running.pop(number, None)
+        for number in plan.dropped:
+            self.running.pop(number, None)
+        for source, target in plan.copies:
+            self.cache.copy_block(source, target)
+        for a in plan.admitted:
+            self.running[a.number] = _running(a, self.run.block)
+        for work in plan.work:
+            sequence = self.running[work.number]
+            sequence.tokens.extend(work.new_tokens)
+            if work.blocks:
+                sequence.ring = Ring(np.append(sequence.ring.blocks, work.blocks), self.run.block)
+
+    def _run(self, plan: Plan) -> str:
+        """Compute a plan's tokens and choose the next ones.  Returns the phase that most of its tokens were in."""
+        tokens, segments, last_rows, scored, at = [], [], [], [], 0
+        for work in plan.work:
+            sequence = self.running[work.number]
+            tokens += sequence.tokens[sequence.computed:sequence.computed + work.count]
+            segments.append(sequence.ring.segment(at, sequence.computed, work.count))
+            at += work.count
+            if sequence.computed + work.count == len(sequence.tokens):
+                last_rows.append((at - 1, work.number))
+            if sequence.params.prompt_logprobs:
+                scored.append((at - work.count, work))
+        of_prompts = sum(w.count for w in plan.work if w.count > 1 or self.running[w.number].computed == 0)
+        phase = 'prefill' if 2 * of_prompts > at else 'decode'
+        self.on_phase(phase)
+        step = Step.of(np.array(tokens, np.int64), tuple(segments))
+        hidden = forward(step, self.model, self.cache, self.ops, self.comm)
+        for row, work in scored:
+            self._score(hidden, row, work)
+        for work in plan.work:
+            self.running[work.number].computed += work.count
+            if self.leads:
+                self.scheduler.computed(self.requests[work.number][1], work.count)
+        self._keep_embeddings(hidden, last_rows)
+        drawn = [(row, number) for row, number in last_rows if self.running[number].params.max_new_tokens]
+        if drawn:
+            start = perf_counter()
+            local = self.device.to_host(logits(hidden[[row for row, _ in drawn]], self.model, self.ops))  # [rows, vocab/n]
+            draws = [Draw(s.params, s.noise, s.tokens) for s in (self.running[number] for _, number in drawn)]
+            choices = self.sampler.choose(local, draws)
+            for (_, number), choice in zip(drawn, choices or (), strict=False):  # rank 0
+                self._choose(number, choice)
+            self.seconds['sampling'] += perf_counter() - start
+        if self.leads:
+            for _, number in last_rows:
+                request = self.requests[number][0]
+                if request.finish_reason is None and request.params.max_new_tokens == 0:
+                    request.finish_reason = 'length'
+                self._close(number)
+        return phase
+
+    def _choose(self, number: int, choice: Choice) -> None:
+        """Rank 0: a request's next token."""
+        request, sequence = self.requests[number]
+        request.choices.append(choice)
+        self._accept(request, choice.token)
+        sequence.tokens.append(choice.token)
+
+    def _accept(self, request: Request, token: int) -> None:
+        """Rank 0: one token more of a request, its text, and whether it is the last."""
+        params, cancelled = request.params, request.cancelled()
+        piece = request.stream.push(token)
+        request.tokens.append(token)
+        if cancelled:
+            request.finish_reason = 'cancelled'
+        elif request.stream.stopped or (token in self.tokenizer.eos_token_ids and not params.ignore_eos):
+            request.finish_reason = 'stop'
+        elif len(request.tokens) >= params.max_new_tokens:
+            request.finish_reason = 'length'
+        request.text += piece + (request.stream.flush() if request.finish_reason else '')
+
+    def _close(self, number: int) -> None:
+        request, sequence = self.requests[number]
+        if request.finish_reason is not None:
+            del self.requests[number]
+            self.scheduler.end(sequence, request.finish_reason)
+
+    def _score(self, hidden, row: int, work) -> None:
+        """Log-probabilities of the prompt's tokens that follow those of a segment.  Collective."""
+        sequence, scores = self.running[work.number], []
+        start = sequence.computed + 1
+        targets = np.array(sequence.tokens[start:min(start + work.count, sequence.prompt_tokens)], np.int64)
+        for at in range(0, len(targets), LOGIT_ROWS):
+            part = targets[at:at + LOGIT_ROWS]
+            local = self.device.to_host(logits(hidden[row + at:row + at + len(part)], self.model, self.ops))
+            scores.append(token_logprobs(local, self.model.shard.vocab, part, self.ops, self.comm))
+        if self.leads:
+            request = self.requests[work.number][0]
+            if sequence.computed == 0:
+                request.prompt_logprobs = []
+            request.prompt_logprobs += [float(x) for part in scores for x in part]
+
+    def _keep_embeddings(self, hidden, last_rows) -> None:
+        for row, number in last_rows if self.leads else ():
+            request = self.requests[number][0]
+            if request.params.embedding and request.embedding is None:
+                request.embedding = self.device.to_host(hidden[row:row + 1])[0]
+
+    # ---- one request alone
+
     def stream(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Run a request, yielding text as it is made, whole characters only, on rank 0; on the others nothing.
 
-        `cancelled` is asked on rank 0 before each token; when it says yes, all ranks stop.  Every rank must consume its
+        `cancelled` is asked on rank 0 with each token; when it says yes, all ranks stop.  Every rank must consume its
         stream to the end: they meet in every step.
         """
-        params, timing = request.params, request.timing
-        cache, ring = self._new_ring(len(request.prompt_tokens) + params.max_new_tokens)
-        vocab = self.model.shard.vocab
-        sampler = Sampler(params, vocab, self.model.config.vocab_size, self.ops, self.comm, request.id)
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
-        start = perf_counter()
-        self.on_phase('prefill')
-        hidden = self._prefill(request, cache, ring)
+        self._make_room(request)
+        request.cancelled, timing, start, shown = cancelled, request.timing, perf_counter(), 0
         timing.prefill_tokens = len(request.prompt_tokens)
-        history = list(request.prompt_tokens)
-        reason = LENGTH if params.max_new_tokens == 0 else GO_ON
-        while reason == GO_ON:
-            row = self.device.to_host(logits(hidden[-1:], self.model, self.ops))[0]  # [vocab/n]
-            choice = sampler.choose(row, history)
-            piece = ''
-            if choice is not None:  # rank 0
-                piece = text.push(choice.token)
-                reason = self._reason(request, choice.token, text.stopped, cancelled())
-                piece += text.flush() if reason != GO_ON else ''
-                request.choices.append(choice)
-                request.text += piece
-            token, reason = self._broadcast(choice, reason)
-            request.tokens.append(token)
-            history.append(token)
-            self._clock(timing, start)
-            if piece:
+        if self.leads:
+            self.add(request)
+        while True:
+            if self.leads and len(request.text) > shown:
+                piece, shown = request.text[shown:], len(request.text)
                 yield piece
-            if reason == GO_ON:
-                self.on_phase('decode')
-                hidden = self._forward(np.array([token]), ring, len(history) - 1, cache)
-        request.finish_reason = FINISH_REASONS[reason]
-        if not request.tokens:
-            timing.prefill_seconds = perf_counter() - start
+            plan = self.step()
+            if plan.ended:  # on rank 0 it is over since the step before
+                break
+            self._clock(timing, start, plan)
+            if not self.leads:
+                request.tokens += plan.work[0].new_tokens
+        if not self.leads:
+            _, last, request.finish_reason = plan.ended[0]
+            request.tokens += last
 
     def generate(self, request: Request) -> Request:
         """Run a request to its end."""
@@ -168,53 +335,23 @@ class Engine:
             pass
         return request
 
-    def _new_ring(self, total: int) -> tuple[KVCache, Ring]:
+    def _make_room(self, request: Request) -> None:
+        """A cache for one request, if what is there is too small."""
+        total = len(request.prompt_tokens) + request.params.max_new_tokens
         positions = ring_positions(total, self.model.window, self.run.chunk)
-        if self.run.context is not None and total > self.run.context and not self.rolling_noted and self.comm.rank == 0:
+        if self.run.context is not None and total > self.run.context and not self.rolling_noted and self.leads:
             self.rolling_noted = True
             log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d',
                         total, self.run.context, self.run.context)
         blocks = -(-positions // self.run.block)
-        cache = KVCache(self.model.config, self.model.shard, blocks, self.run.block, self.ops, self.run.kv_dtype, self.device.xp)
-        return cache, cache.allocate(positions)
+        if self.cache is None or self.cache.num_blocks < blocks:
+            self.allocate(blocks, 1)
 
-    def _forward(self, tokens: np.ndarray, ring: Ring, start: int, cache: KVCache):
-        step = Step.of(tokens, (ring.segment(0, start, len(tokens)),))
-        return forward(step, self.model, cache, self.ops, self.comm)
-
-    def _prefill(self, request: Request, cache: KVCache, ring: Ring):
-        """Compute the prompt in chunks; returns the hidden states of the last one."""
-        tokens, scores = np.array(request.prompt_tokens, np.int64), []
-        for at in range(0, len(tokens), self.run.chunk):
-            chunk = tokens[at:at + self.run.chunk]
-            hidden = self._forward(chunk, ring, at, cache)
-            if request.params.prompt_logprobs:
-                targets = tokens[at + 1:at + 1 + len(chunk)]
-                for row in range(0, len(targets), LOGIT_ROWS):
-                    part = targets[row:row + LOGIT_ROWS]
-                    local = self.device.to_host(logits(hidden[row:row + len(part)], self.model, self.ops))
-                    scores.append(token_logprobs(local, self.model.shard.vocab, part, self.ops, self.comm))
-        if request.params.prompt_logprobs and self.comm.rank == 0:
-            request.prompt_logprobs = np.concatenate(scores).tolist() if scores else []
-        return hidden
-
-    def _reason(self, request: Request, token: int, stop_found: bool, cancelled: bool) -> int:
-        if cancelled:
-            return CANCELLED
-        if stop_found or (token in self.tokenizer.eos_token_ids and not request.params.ignore_eos):
-            return STOP
-        return LENGTH if len(request.tokens) + 1 >= request.params.max_new_tokens else GO_ON
-
-    def _broadcast(self, choice: Choice | None, reason: int) -> tuple[int, int]:
-        """Rank 0's token and its reason to stop, on every rank."""
-        message = np.array([0 if choice is None else choice.token, reason], np.int64)
-        self.comm.broadcast(message)
-        return int(message[0]), int(message[1])
-
-    def _clock(self, timing: Timing, start: float):
-        """Note the time after a token: the first one ends the prefill, each later one belongs to decode."""
+    def _clock(self, timing: Timing, start: float, plan: Plan):
+        """Note the time after a step: the first token ends the prefill, each later one belongs to decode."""
         now, traffic = perf_counter() - start, self.comm.traffic['all_reduce']
-        if not timing.prefill_seconds:
+        sequence = self.running[plan.work[0].number]
+        if sequence.computed <= timing.prefill_tokens:
             timing.prefill_seconds = now
             timing.before_decode = (traffic.seconds, traffic.bytes)
         else:
@@ -222,3 +359,7 @@ class Engine:
             timing.decode_seconds = now - timing.prefill_seconds
             timing.all_reduce_seconds = traffic.seconds - timing.before_decode[0]
             timing.all_reduce_bytes = traffic.bytes - timing.before_decode[1]
+
+
+def _running(a: Admission, block: int) -> Running:
+    return Running(a.params, a.noise, list(a.tokens), a.prompt_tokens, a.computed, Ring(np.empty(0, np.int64), block))

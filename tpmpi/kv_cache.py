@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,30 +37,43 @@ class Segment:
 
     rows: slice  # of the step's tokens
     start: int  # position of the first of them
+    ring: Ring
     slots: np.ndarray  # [rows] where the cache keeps each one's K and V
-    keys: slice | np.ndarray  # slots of the request's keys, the new ones included
-    key_positions: np.ndarray  # [keys] position that each of those slots holds; negative: nothing yet
-    ordered: bool  # key_positions are consecutive
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one."""
+        return self.start + len(self.slots)
+
+    @property
+    def oldest(self) -> int:
+        """The first position that the ring still holds when these tokens are in it; all from there to stop - 1 are keys."""
+        return max(0, self.stop - self.ring.capacity)
+
+    @cached_property
+    def keys(self) -> slice | np.ndarray:
+        """Slots of the keys, in the order of their positions."""
+        if self.ring.contiguous and self.stop <= self.ring.capacity:
+            base = int(self.ring.blocks[0]) * self.ring.block
+            return slice(base, base + self.stop)
+        return self.ring.slots(np.arange(self.oldest, self.stop))
 
     def tiles(self, window: int | None, max_scores: int) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
         """Runs of rows with the keys that they can see: (rows of the step, run of `keys`, hidden [rows, keys] or None).
 
         A run is so short that rows * keys stays under max_scores, where one row allows.
         """
-        count, num_keys = self.rows.stop - self.rows.start, len(self.key_positions)
-        each = max(1, min(ROWS_PER_TILE, max_scores // max(1, num_keys)))
+        count, oldest = len(self.slots), self.oldest
+        each = max(1, min(ROWS_PER_TILE, max_scores // max(1, self.stop - oldest)))
         for first in range(0, count, each):
             last = min(first + each, count)
             rows = slice(self.rows.start + first, self.rows.start + last)
-            keys, hidden = slice(0, num_keys), None
-            if self.ordered:
-                oldest = int(self.key_positions[0])
-                low = 0 if window is None else self.start + first - window + 1 - oldest
-                keys = slice(max(0, low), self.start + last - oldest)
-            if last - first > 1 or not self.ordered:
+            low = oldest if window is None else max(oldest, self.start + first - window + 1)
+            keys, hidden = slice(low - oldest, self.start + last - oldest), None
+            if last - first > 1:
                 queries = np.arange(self.start + first, self.start + last)[:, None]
-                positions = self.key_positions[keys]
-                hidden = (positions > queries) | (positions < 0)
+                positions = np.arange(low, self.start + last)
+                hidden = positions > queries
                 if window is not None:
                     hidden |= positions <= queries - window
             yield rows, keys, hidden
@@ -84,18 +98,7 @@ class Ring:
         window + count - 1 positions.
         """
         assert 1 <= count <= self.capacity
-        rows = slice(first_row, first_row + count)
-        slots, stop = self.slots(np.arange(start, start + count)), start + count
-        if stop <= self.capacity and self.contiguous:
-            base = int(self.blocks[0]) * self.block
-            return Segment(rows, start, slots, slice(base, base + stop), np.arange(stop), True)
-        if self.contiguous:  # wrapped: every slot in use, in the ring's own order, which softmax does not mind
-            base = int(self.blocks[0]) * self.block
-            last = stop - 1
-            positions = last - (last - np.arange(self.capacity)) % self.capacity
-            return Segment(rows, start, slots, slice(base, base + self.capacity), positions, False)
-        positions = np.arange(max(0, stop - self.capacity), stop)
-        return Segment(rows, start, slots, self.slots(positions), positions, True)
+        return Segment(slice(first_row, first_row + count), start, self, self.slots(np.arange(start, start + count)))
 
 
 class KVCache:
@@ -107,7 +110,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, shard: Shard, num_blocks: int, block: int, ops, kv_dtype: str = 'float32', xp=np):
         size = (len(shard.kv_heads), num_blocks * block, config.head_dim)
         self.layers = [LayerCache(*ops.new_cache(*size, kv_dtype, xp)) for _ in range(config.num_layers)]
-        self.block = block
+        self.num_blocks, self.block = num_blocks, block
         self.free = list(range(num_blocks))
 
     @property
@@ -126,6 +129,18 @@ class KVCache:
     def release(self, ring: Ring) -> None:
         """Give a ring's blocks back."""
         self.free = sorted(self.free + ring.blocks.tolist())
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Make one block hold what another one does; the kernels' layout keeps a block of whole panels together."""
+        from_, to = (slice(number * self.block, (number + 1) * self.block) for number in (source, target))
+        for layer in self.layers:
+            for array in layer:
+                array[:, to] = array[:, from_]
+
+
+def block_bytes(config: ModelConfig, shard: Shard, block: int, ops, kv_dtype: str) -> int:
+    """Bytes of one block of the pool on this rank, over all layers."""
+    return config.num_layers * sum(a.nbytes for a in ops.new_cache(len(shard.kv_heads), block, config.head_dim, kv_dtype))
 
 
 def ring_positions(total: int, window: int | None, chunk: int) -> int:

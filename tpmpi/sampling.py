@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class SamplingParams:
     logprobs: int = 0  # best alternatives to report per generated token
     prompt_logprobs: bool = False
     ignore_eos: bool = False
+    embedding: bool = False  # the hidden state of the prompt's last token, after the final norm
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -100,88 +102,116 @@ def penalize(logits: np.ndarray, vocab: range, history: Sequence[int], penalty: 
     return logits
 
 
+class Draw(NamedTuple):
+    """A token to be chosen: by which rules, with the noise of which request, after which tokens (prompt included)."""
+
+    params: SamplingParams
+    request: int
+    history: Sequence[int]
+
+    @property
+    def candidates(self) -> int:
+        """How many each rank sends at first."""
+        return (self.params.top_k or FIRST_CANDIDATES) if self.params.filtered else 1
+
+    @property
+    def open(self) -> bool:
+        """More candidates may be asked for."""
+        return self.params.filtered and not self.params.top_k
+
+
 class Sampler:
-    """Chooses one request's tokens over all ranks.  Every rank calls `choose` with its own part of the logits."""
+    """Chooses tokens over all ranks, of many requests at once.  Every rank calls `choose` with its part of the logits."""
 
-    def __init__(self, params: SamplingParams, vocab: range, vocab_size: int, ops, comm, request: int = 0):
-        self.params, self.vocab, self.vocab_size = params, vocab, vocab_size
-        self.ops, self.comm, self.request = ops, comm, request
+    def __init__(self, vocab: range, vocab_size: int, ops, comm):
+        self.vocab, self.vocab_size, self.ops, self.comm = vocab, vocab_size, ops, comm
 
-    def choose(self, logits: np.ndarray, history: Sequence[int]) -> Choice | None:
-        """The next token, on rank 0; None on the others.  logits: [vocab/n]; history: all ids so far."""
-        params = self.params
-        scaled = penalize(logits, self.vocab, history, params.repetition_penalty)
-        noise = np.zeros(len(logits))
+    def choose(self, logits: np.ndarray, draws: Sequence[Draw]) -> list[Choice] | None:
+        """The next token of each row, on rank 0; None on the others.  logits: [rows, vocab/n]; draws: one for each row.
+
+        One gather, and another one only where top-p or min-p without top-k want more candidates.
+        """
+        totals = self.ops.log_sum_exp(logits)  # [rows]
+        chosen: list[Choice | None] = [None] * len(draws)
+        rows, counts = list(range(len(draws))), [draw.candidates for draw in draws]
+        while rows:
+            parts = [self._candidates(logits[i], totals[i], draws[i], min(counts[i], self.vocab_size)) for i in rows]
+            message = np.concatenate(parts)
+            gathered = np.empty((self.comm.size, *message.shape)) if self.comm.rank == 0 else None
+            self.comm.gather(message, gathered)
+            if gathered is not None:
+                ends = np.cumsum([len(part) for part in parts])
+                for i, part in zip(rows, np.split(gathered, ends[:-1], axis=1), strict=True):
+                    chosen[i] = _decide(part, min(counts[i], self.vocab_size), draws[i].params)
+            rows = [i for i in rows if draws[i].open]
+            if rows:
+                undecided = np.array([chosen[i] is None for i in rows], np.int64)
+                self.comm.broadcast(undecided)
+                rows = [i for i, more in zip(rows, undecided, strict=True) if more]
+                for i in rows:
+                    counts[i] *= MORE_CANDIDATES
+        return chosen if self.comm.rank == 0 else None
+
+    def _candidates(self, logits, total, draw: Draw, count: int) -> np.ndarray:
+        """This rank's best: rows of (id, logit, scaled, noise), best first, after a row of the log-sum-exps of all."""
+        params, scaled, noise, total_scaled = draw.params, logits, None, total
+        if params.repetition_penalty != 1:
+            scaled = penalize(logits, self.vocab, draw.history, params.repetition_penalty)
         if params.temperature > 0:
             scaled = scaled / np.float32(params.temperature)
-            noise = gumbel_noise(params.seed, self.request, len(history), self.vocab)
-        count = (params.top_k or FIRST_CANDIDATES) if params.filtered else 1
-        while True:
-            merged = self._candidates(logits, scaled, noise, min(count, self.vocab_size))
-            choice = None if merged is None else self._decide(*merged)
-            if not params.filtered or params.top_k:
-                return choice
-            more = np.array([choice is None], np.int64)
-            self.comm.broadcast(more)
-            if not more[0]:
-                return choice
-            count *= MORE_CANDIDATES
+            noise = gumbel_noise(params.seed, draw.request, len(draw.history), self.vocab)
+        if params.filtered and scaled is not logits:  # what a nucleus is measured by
+            total_scaled = self.ops.log_sum_exp(scaled[None])[0]
+        key = scaled if noise is None or params.filtered else scaled + noise
+        message = np.full((1 + count + params.logprobs, 4), -np.inf)
+        message[0, :3] = total, total_scaled, len(logits)
+        for at, (values, most) in ((1, (key, count)), (1 + count, (logits, params.logprobs))):
+            _, ids = self.ops.top_k(values, most)
+            part = message[at:at + len(ids)]
+            part[:, 0], part[:, 1], part[:, 2] = ids + self.vocab.start, logits[ids], scaled[ids]
+            part[:, 3] = 0 if noise is None else noise[ids]
+        return message
 
-    def _candidates(self, logits, scaled, noise, count: int):
-        """Gather each rank's best: rows of (id, logit, scaled, noise), best first, and the log-sum-exps of all."""
-        key = scaled if self.params.filtered or not self.params.temperature else scaled + noise
-        _, best = self.ops.top_k(key, count)
-        _, top = self.ops.top_k(logits, self.params.logprobs)
-        message = np.full((count + self.params.logprobs + 1, 4), -np.inf)
-        message[0, :2] = self.ops.log_sum_exp(logits[None])[0], self.ops.log_sum_exp(scaled[None])[0]
-        for at, ids in ((1, best), (1 + count, top)):
-            rows = slice(at, at + len(ids))
-            message[rows] = np.stack((ids + self.vocab.start, logits[ids], scaled[ids], noise[ids]), axis=1)
-        message[0, 2] = len(logits)
-        gathered = np.empty((self.comm.size, *message.shape)) if self.comm.rank == 0 else None
-        self.comm.gather(message, gathered)
-        return None if gathered is None else (gathered, count)
 
-    def _decide(self, gathered: np.ndarray, count: int) -> Choice | None:
-        """Rank 0: the choice among all ranks' candidates; None when they may not hold the whole nucleus yet."""
-        params = self.params
-        if not (gathered[:, 0, 0] < np.inf).all():
-            raise ArithmeticError('the logits are not finite: the weights are damaged, or overflow float32')
-        total, total_scaled = np.logaddexp.reduce(gathered[:, 0, :2])
-        rows = _by_value(gathered[:, 1:1 + count].reshape(-1, 4), 2)
-        if params.filtered:
-            cut = gathered[:, 0, 2] > count  # ranks that hold more than they sent, all of it at most their last one
-            unseen = gathered[cut, count, 2].max(initial=-np.inf)
-            rows = self._nucleus(rows, total_scaled, unseen)
-            if rows is None:
-                return None
-        if params.temperature > 0:
-            rows = rows[np.lexsort((rows[:, 0], -(rows[:, 2] + rows[:, 3])))]
-        token, logit = int(rows[0, 0]), rows[0, 1]
-        top = _by_value(gathered[:, 1 + count:].reshape(-1, 4), 1)[:params.logprobs]
-        return Choice(token, float(logit - total), tuple((int(r[0]), float(r[1] - total)) for r in top))
+def _decide(gathered: np.ndarray, count: int, params: SamplingParams) -> Choice | None:
+    """Rank 0: the choice among all ranks' candidates; None when they may not hold the whole nucleus yet."""
+    if not (gathered[:, 0, 0] < np.inf).all():
+        raise ArithmeticError('the logits are not finite: the weights are damaged, or overflow float32')
+    total, total_scaled = np.logaddexp.reduce(gathered[:, 0, :2])
+    rows = _by_value(gathered[:, 1:1 + count].reshape(-1, 4), 2)
+    if params.filtered:
+        cut = gathered[:, 0, 2] > count  # ranks that hold more than they sent, all of it at most their last one
+        unseen = gathered[cut, count, 2].max(initial=-np.inf)
+        rows = _nucleus(rows, total_scaled, unseen, params)
+        if rows is None:
+            return None
+    if params.temperature > 0:
+        rows = rows[np.lexsort((rows[:, 0], -(rows[:, 2] + rows[:, 3])))]
+    token, logit = int(rows[0, 0]), rows[0, 1]
+    top = _by_value(gathered[:, 1 + count:].reshape(-1, 4), 1)[:params.logprobs]
+    return Choice(token, float(logit - total), tuple((int(r[0]), float(r[1] - total)) for r in top))
 
-    def _nucleus(self, rows: np.ndarray, total: float, unseen: float) -> np.ndarray | None:
-        """The candidates that top-k, top-p and min-p leave, best first; None when one that was not sent could belong.
 
-        rows: best first; total: log-sum-exp of all scaled logits; unseen: no candidate above it is missing.
-        """
-        params = self.params
-        if params.top_k:
-            rows = rows[:params.top_k]
-            total, unseen = np.logaddexp.reduce(rows[:, 2]), -np.inf
-        mass = np.cumsum(np.exp(rows[:, 2] - total))
-        inside = np.ones(len(rows), bool)
-        known = unseen == -np.inf
-        if params.top_p < 1:
-            inside &= np.concatenate(([0.0], mass[:-1])) < params.top_p  # the better ones do not fill it yet
-            complete = int((rows[:, 2] > unseen).sum())  # the best so many are certainly the best of all
-            known |= complete > 0 and mass[complete - 1] >= params.top_p
-        if params.min_p > 0:
-            least = rows[0, 2] + math.log(params.min_p)
-            inside &= rows[:, 2] >= least
-            known |= unseen < least
-        return rows[inside] if known else None
+def _nucleus(rows: np.ndarray, total: float, unseen: float, params: SamplingParams) -> np.ndarray | None:
+    """The candidates that top-k, top-p and min-p leave, best first; None when one that was not sent could belong.
+
+    rows: best first; total: log-sum-exp of all scaled logits; unseen: no candidate above it is missing.
+    """
+    if params.top_k:
+        rows = rows[:params.top_k]
+        total, unseen = np.logaddexp.reduce(rows[:, 2]), -np.inf
+    mass = np.cumsum(np.exp(rows[:, 2] - total))
+    inside = np.ones(len(rows), bool)
+    known = unseen == -np.inf
+    if params.top_p < 1:
+        inside &= np.concatenate(([0.0], mass[:-1])) < params.top_p  # the better ones do not fill it yet
+        complete = int((rows[:, 2] > unseen).sum())  # the best so many are certainly the best of all
+        known |= complete > 0 and mass[complete - 1] >= params.top_p
+    if params.min_p > 0:
+        least = rows[0, 2] + math.log(params.min_p)
+        inside &= rows[:, 2] >= least
+        known |= unseen < least
+    return rows[inside] if known else None
 
 
 def _by_value(rows: np.ndarray, column: int) -> np.ndarray:

@@ -83,7 +83,7 @@ class _TracedOps:
         return q
 
     def attend(self, q, cache, groups, segments, window):
-        seen = sum(len(s.key_positions) for s in segments)
+        seen = sum(s.stop - s.oldest for s in segments)
         nbytes = 2 * seen * len(cache.k) * q.shape[-1] * cache.k.itemsize
         return self._tracer.timed('B', self._ops.attend, (q, cache, groups, segments, window), nbytes)
 

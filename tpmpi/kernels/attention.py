@@ -26,24 +26,24 @@ f32 = np.float32
 
 
 @helper
-def runs_of(slots, base, count):
-    """Runs of consecutive slots: [runs, 3] first slot, length, index of its first key.  base: -1 if slots are listed."""
-    if base >= 0:
-        return np.array([[base, count, 0]], np.int64)
-    runs = np.empty((count, 3), np.int64)
-    n = 0
-    for j in range(count):
-        if n and slots[j] == runs[n - 1, 0] + runs[n - 1, 1]:
-            runs[n - 1, 1] += 1
+def runs_of(blocks, block, oldest, stop):
+    """Runs of consecutive slots that hold the positions oldest … stop - 1: [runs, 3] first slot, length, first position."""
+    runs = np.empty((stop // block - oldest // block + 1, 3), np.int64)
+    n, at = 0, oldest
+    while at < stop:
+        slot, count = blocks[at // block % len(blocks)] * block + at % block, min(block - at % block, stop - at)
+        if n and slot == runs[n - 1, 0] + runs[n - 1, 1]:
+            runs[n - 1, 1] += count
         else:
-            runs[n] = slots[j], 1, j
+            runs[n, 0], runs[n, 1], runs[n, 2] = slot, count, at
             n += 1
+        at += count
     return runs[:n].copy()
 
 
 @helper
 def pieces_of(runs, low, high):
-    """The parts of the runs with keys low … high - 1: [pieces, 4] column of the scores, first key, keys, first slot.
+    """The parts of the runs with positions low … high - 1: [pieces, 4] column of the scores, position, keys, first slot.
 
     A piece takes whole panels of 16 columns; the slot of a column is then the same modulo 16, whatever low is.
     """
@@ -66,20 +66,13 @@ def panels_of(slot, count):
 
 
 @helper
-def softmax_row(s, pieces, key_positions, ordered, position, window):
+def softmax_row(s, pieces, position, window):
     """exp(s - max) of the keys that a query sees, 0 elsewhere, in the scores' columns; returns 1 / sum."""
     hidden = f32(-np.inf)
     for piece in range(len(pieces)):
         column, first, count, skip = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3] % LANES
-        low, high = 0, count
-        if ordered:
-            low = min(count, max(0, position - window + 1 - key_positions[first]))
-            high = max(low, min(count, position + 1 - key_positions[first]))
-        else:
-            for i in range(count):
-                p = key_positions[first + i]
-                if p < 0 or p > position or p <= position - window:
-                    s[column + skip + i] = hidden
+        low = min(count, max(0, position - window + 1 - first))
+        high = max(low, min(count, position + 1 - first))
         s[column:column + skip + low] = hidden
         s[column + skip + high:column + panels_of(pieces[piece, 3], count) * LANES] = hidden
     at, panels = s.ctypes.data, len(s) // LANES
@@ -97,14 +90,11 @@ def _attention(kind: str):
         add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row)
 
     @inlined
-    def block(q, k, v, head, heads, rows, first_row, position, window, runs, key_positions, ordered, b):
+    def attend_block(q, k, v, head, heads, rows, first_row, position, window, runs, b):
         """`rows` queries from row first_row and position `position` on, all heads that read one KV head."""
-        dim, count = q.shape[2], len(key_positions)
+        dim = q.shape[2]
         wide, even = -(-dim // LANES) * LANES, -(-dim // each) * each
-        low, high = 0, count  # keys that some row sees
-        if ordered:
-            low = max(0, position - window + 1 - key_positions[0])
-            high = position + rows - key_positions[0]
+        low, high = max(runs[0, 2], position - window + 1), position + rows  # positions that some row sees
         pieces, width = pieces_of(runs, low, high)
         m = rows * heads
         x, s, out = np.zeros((m, even), np.float32), np.zeros((m, width), np.float32), np.zeros((m, wide), np.float32)
@@ -121,7 +111,7 @@ def _attention(kind: str):
                 sa + 4 * column, 4 * width)
         factor = np.empty(m, np.float32)
         for i in range(m):
-            factor[i] = softmax_row(s[i], pieces, key_positions, ordered, position + i // heads, window)
+            factor[i] = softmax_row(s[i], pieces, position + i // heads, window)
         for piece in range(len(pieces)):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             begin, end = slot // each * each, -(-last // each) * each
@@ -138,36 +128,43 @@ def _attention(kind: str):
         keep(v)
 
     @helper
-    def share(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, t, threads):
-        """Every threads-th pair of a block of rows and a KV head, from the t-th on."""
-        runs = runs_of(slots, base, len(key_positions))
-        largest = 1
+    def share(q, k, v, groups, table, blocks, block, window, b, t, threads):
+        """Every threads-th task from the t-th on; a task is a block of rows of a segment and a KV head."""
+        largest, task = 1, 0
         for group in range(len(groups)):
             largest = max(largest, groups[group, 1] - groups[group, 0])
-        each_block = max(FEWEST_ROWS, min(MOST_ROWS, SCORES // (largest * len(key_positions))))
-        for task in range(t, -(-rows // each_block) * len(groups), threads):
-            at, group = task // len(groups) * each_block, task % len(groups)
-            block(q, k[group], v[group], groups[group, 0], groups[group, 1] - groups[group, 0], min(each_block, rows - at),
-                  first_row + at, position + at, window, runs, key_positions, ordered, b)
+        for i in range(len(table)):
+            row, rows, start, ring = table[i, 0], table[i, 1], table[i, 2], blocks[table[i, 3]:table[i, 4]]
+            oldest = max(0, start + rows - len(ring) * block)
+            runs = runs_of(ring, block, oldest, start + rows)
+            each_block = max(FEWEST_ROWS, min(MOST_ROWS, SCORES // (largest * (start + rows - oldest))))
+            for at in range(0, rows, each_block):
+                for group in range(len(groups)):
+                    if task % threads == t:
+                        attend_block(q, k[group], v[group], groups[group, 0], groups[group, 1] - groups[group, 0],
+                                     min(each_block, rows - at), row + at, start + at, window, runs, b)
+                    task += 1
 
     return share
 
 
 _float32, _bfloat16 = _attention('float32'), _attention('bfloat16')
-TYPES = 'i8[:, ::1], i8, i8, i8, i8[::1], i8, i8[::1], b1, i8, f4[:, :, ::1], i8'
+TYPES = 'i8[:, ::1], i8[:, ::1], i8[::1], i8, i8, f4[:, :, ::1], i8'
 
 
 @shared_kernel(f'void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], {TYPES})')
-def attend_float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, threads):
-    """B of one segment.  groups: [kv_heads/n, 2] the run of query heads of each; window: positions seen, at most."""
+def attend_float32(q, k, v, groups, table, blocks, block, window, b, threads):
+    """B of a step.
+
+    groups: [kv_heads/n, 2] the run of query heads of each; table: [segments, 5] first row, rows, first position, and the
+    run of `blocks` that is the request's ring; block: slots in each of them; window: positions seen, at most.
+    """
     for t in prange(threads):
-        _float32(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t),
-                 threads)
+        _float32(q, k, v, groups, table, blocks, block, window, b, np.int64(t), threads)
 
 
 @shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
-def attend_bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, threads):
+def attend_bfloat16(q, k, v, groups, table, blocks, block, window, b, threads):
     """The same from a cache of bfloat16."""
     for t in prange(threads):
-        _bfloat16(q, k, v, groups, first_row, rows, position, slots, base, key_positions, ordered, window, b, np.int64(t),
-                  threads)
+        _bfloat16(q, k, v, groups, table, blocks, block, window, b, np.int64(t), threads)

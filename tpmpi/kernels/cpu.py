@@ -24,11 +24,13 @@ EVERYWHERE = 1 << 62  # a window that hides nothing
 class Kernels:
     """The operations for one rank.  threads: that share each product and each attention."""
 
+    SLOTS_TOGETHER = LANES  # of the cache's layout: blocks that are multiples of it can be copied
     rope_table = staticmethod(reference.rope_table)
     top_k = staticmethod(reference.top_k)
 
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'
+        self.segments, self.tables = None, None  # of the step that is running, as the attention takes them
         self.units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})  # for many rows, by kind of weight
 
     def needed(self, kinds: Sequence[str], kv_dtype: str) -> list:
@@ -122,12 +124,11 @@ class Kernels:
     def attend(self, q, cache, query_groups, segments, window: int | None):
         """B = softmax(Q K^T / sqrt(head_dim)) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
         b = np.empty(q.shape, np.float32)
-        groups = _bounds(query_groups)
         run = attention.attend_float32 if cache.k.dtype == np.float32 else attention.attend_bfloat16
-        for s in segments:
-            base, slots = (s.keys.start, s.slots) if isinstance(s.keys, slice) else (-1, s.keys)
-            run(q, cache.k, cache.v, groups, s.rows.start, s.rows.stop - s.rows.start, s.start, slots, base, s.key_positions,
-                s.ordered, EVERYWHERE if window is None else window, b, self.threads)
+        if segments is not self.segments:  # all layers of a step ask for the same
+            self.segments, self.tables = segments, _tables(segments)
+        run(q, cache.k, cache.v, _bounds(query_groups), *self.tables, segments[0].ring.block,
+            EVERYWHERE if window is None else window, b, self.threads)
         return b.reshape(len(q), -1)
 
     @staticmethod
@@ -176,6 +177,15 @@ class Kernels:
 def _bounds(groups: tuple[range, ...]) -> np.ndarray:
     """[kv_heads/n, 2] first query head of each, and the one after its last."""
     return np.array([(g.start, g.stop) for g in groups], np.int64).reshape(-1, 2)
+
+
+def _tables(segments) -> tuple[np.ndarray, np.ndarray]:
+    """A step's segments as the kernel takes them: [segments, 5], and the blocks of all rings one after another."""
+    blocks = [s.ring.blocks for s in segments]
+    ends = np.cumsum([len(ring) for ring in blocks])
+    table = [(s.rows.start, len(s.slots), s.start, end - len(ring), end)
+             for s, ring, end in zip(segments, blocks, ends, strict=True)]
+    return np.array(table, np.int64), np.concatenate(blocks).astype(np.int64)
 
 
 def _bytes_of(scales: np.ndarray) -> np.ndarray:
