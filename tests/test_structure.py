@@ -15,15 +15,17 @@ PACKAGE = Path(tpmpi.__file__).parent
 FLOORS = {
     'config': 0, 'weights': 0, 'sharding': 0,
     'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1, 'tokenizer': 1,
-    'chat_template': 1, 'file_layout': 1,
+    'chat_template': 1, 'file_layout': 1, 'memory': 1,
     'kv_cache': 2, 'model': 2,
-    'sampling': 3, 'engine': 3, 'trace': 3,
-    'session': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, '__init__': 7,
+    'sampling': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3, 'results': 3,
+    'progress': 3,
+    'session': 4, 'dispatch': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, 'batch': 6, '__init__': 7,
 }
 # two modules of one floor that may know each other, and why
 NEIGHBOURS = {
     ('sharding', 'config'), ('sharding', 'weights'),  # facts
-    ('model', 'kv_cache'), ('engine', 'sampling'), ('tokenizer', 'chat_template'), ('checkpoint', 'file_layout'),  # parts
+    ('model', 'kv_cache'), ('engine', 'sampling'), ('engine', 'scheduler'), ('scheduler', 'sampling'),
+    ('batch_format', 'sampling'), ('results', 'lease'), ('tokenizer', 'chat_template'), ('checkpoint', 'file_layout'),  # parts
 }
 THIRD_PARTY = {
     'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'file_layout', 'versions'}, 'cupy': {'device', 'versions'},

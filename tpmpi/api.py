@@ -91,7 +91,8 @@ class LLM:
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
-         kernels: str = 'auto', activations: str = 'float32', session=None, tracing: bool = False) -> LLM:
+         kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, session=None, group=None,
+         tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
@@ -99,6 +100,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     weights, which it costs nothing (data/quality.py), and float32 otherwise.  verify: check the file's checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
     'reference' (NumPy, CuPy), or 'auto'.  activations: 'bfloat16' rounds them before they meet bfloat16 weights.
+    share_prefixes: prompts that begin alike are computed once.  group: the communicator of the ranks that share this copy
+    of the model, where not all of the session's ranks do.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
     if session is None:
@@ -112,16 +115,18 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     from tpmpi.model import load_model, matrix_kinds
     from tpmpi.sharding import shard
 
+    comm = session.comm if group is None else group
+
     def open_all():
-        run = RunConfig(context, chunk, block, kv_dtype='float32' if kv is None else kv, device=device, verify=verify,
-                        weights=weights, kernels=kernels, activations=activations)
+        run = RunConfig(context, chunk, block, share_prefixes, kv_dtype='float32' if kv is None else kv, device=device,
+                        verify=verify, weights=weights, kernels=kernels, activations=activations)
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')
         if context is not None and context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
         opened = devices.open_device(device, session.local_rank, session.local_size)
-        return run, reader, opened, _tokenizer(reader) if session.comm.rank == 0 else None
+        return run, reader, opened, _tokenizer(reader) if comm.rank == 0 else None
 
     session.watch.phase = 'load'
     run, reader, opened, tokenizer = session.agreed(open_all)
@@ -129,7 +134,6 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     session.agreed(devices.check_one_rank_per_gpu, session.comm.exchange_on_node(opened.identity)[1])
     session.agreed(_check_same_model, session.comm.exchange((reader.config, reader.length)))
     with reader:
-        comm = session.comm
         comm.synchronize, comm.staging = opened.synchronize, opened.staging
         part = shard(reader.config, comm.rank, comm.size)
         ops = _kernels(session, run, opened, matrix_kinds(reader, weights))

@@ -7,6 +7,7 @@ BLAS threads, before NumPy starts them.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, sleep
 
@@ -46,6 +47,8 @@ class Communicator:
         self.rank, self.size = self.mpi_comm.rank, self.mpi_comm.size
         self.synchronize, self.staging = synchronize, staging
         self.traffic = {name: Traffic() for name in ('all_reduce', 'gather', 'broadcast')}
+        self.entered = 0  # collectives that this rank has begun: a rank with fewer is one that the others wait for
+        self.while_waiting: Callable[[], object] = lambda: None  # called now and then while it waits asleep
 
     def all_reduce(self, x) -> None:
         """Sum x over all ranks, in place.  x: C-contiguous float32, the same shape on every rank.
@@ -55,7 +58,7 @@ class Communicator:
         """
         if x.dtype != 'float32' or not x.flags.c_contiguous:
             raise TypeError(f'all_reduce of {x.dtype}, C-contiguous: {x.flags.c_contiguous}; expected C-contiguous float32')
-        start = perf_counter()
+        start = self._begin()
         if self.synchronize is not None:
             self.synchronize()
         if self.staging is None:
@@ -68,15 +71,19 @@ class Communicator:
 
     def gather(self, x, out) -> None:
         """Collect one small host array of each rank on rank 0.  x: [...], out: [size, ...] there and None elsewhere."""
-        start = perf_counter()
+        start = self._begin()
         self.mpi_comm.Gather(x, out)
         self._count('gather', x.nbytes, start)
 
     def broadcast(self, x) -> None:
         """Overwrite a small host array on every rank with rank 0's."""
-        start = perf_counter()
+        start = self._begin()
         self.mpi_comm.Bcast(x)
         self._count('broadcast', x.nbytes, start)
+
+    def _begin(self) -> float:
+        self.entered += 1
+        return perf_counter()
 
     def _count(self, name: str, nbytes: int, start: float):
         traffic = self.traffic[name]
@@ -88,7 +95,7 @@ class Communicator:
         """Rank 0's small object, on all ranks: what a step is.  One broadcast; a second one where it is large."""
         if self.size == 1:
             return value
-        start = perf_counter()
+        start = self._begin()
         data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL) if self.rank == 0 else b''
         head = bytearray(HEAD_BYTES)
         first = HEAD_BYTES - 8
@@ -120,8 +127,10 @@ class Communicator:
 
     def _arrive(self) -> None:
         """Wait for all ranks, asleep: MPI waits by polling, and would take cores from ranks that are still loading."""
+        self.entered += 1
         everyone = self.mpi_comm.Ibarrier()
         while not everyone.Test():
+            self.while_waiting()
             sleep(5e-4)
 
     def agree(self, error: BaseException | None) -> None:
@@ -131,6 +140,10 @@ class Communicator:
             if message is not None:
                 raise GroupError(rank, message) from error
 
+    def split(self, group: int) -> Communicator:
+        """The communicator of the ranks that gave the same group, in the order of their ranks here.  Collective."""
+        return Communicator(self.mpi_comm.Split(group), self.synchronize, self.staging)
+
     def exchange_on_node(self, value) -> tuple[int, list]:
         """This rank's number among the ranks of its node, and the values of all of them."""
         local = self.mpi_comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -138,6 +151,32 @@ class Communicator:
             return local.rank, local.allgather(value)
         finally:
             local.Free()
+
+
+class Mail:
+    """Messages between ranks that are not in step: neither sending nor looking for one waits.
+
+    MPI moves a message only while its owner calls MPI, so whoever has mail open looks for it in each step.
+    """
+
+    def __init__(self, comm: Communicator):
+        self._comm, self._sending = comm.mpi_comm.Dup(), []
+
+    def send(self, rank: int, value) -> None:
+        """Send a value to a rank."""
+        self._sending = [request for request in self._sending if not request.test()[0]]
+        self._sending.append(self._comm.isend(value, rank))
+
+    def receive(self):
+        """(rank, value) of a message that has arrived, or None."""
+        status = MPI.Status()
+        message = self._comm.improbe(status=status)
+        return None if message is None else (status.source, message.recv())
+
+    def close(self) -> None:
+        """Wait until all that was sent has arrived; the receivers must still look for it."""
+        MPI.Request.waitall(self._sending)
+        self._comm.Free()
 
 
 def abort(code: int = 1) -> None:

@@ -83,25 +83,32 @@ class BlockPool:
             self.idle[parent] = None
             self.idle.move_to_end(parent, last=False)  # unused at least as long
 
-    def match(self, tokens: list[int], most: int) -> tuple[list[Block], Block | None, int]:
+    def match(self, tokens: list[int], most: int) -> tuple[list[Block], Block | None, int, bool]:
         """What the tree holds of a beginning of at most `most` tokens.
 
-        Returns the whole blocks, and the block that agrees for some tokens more and how many these are.
+        Returns the whole blocks; the computed block that agrees for some tokens more, and how many these are; and
+        whether there would be clearly more if another request had been computed.
         """
         found, node, at = [], self.root, 0
         while at + self.block <= most:
             child = node.children.get(tuple(tokens[at:at + self.block]))
             if child is None:
                 break
+            if not child.filled:
+                return found, None, 0, True
             found.append(child)
             node, at = child, at + self.block
-        best, common = None, 0
-        rest = tuple(tokens[at:min(most, at + self.block)])
-        for child, _ in zip(reversed(node.children.values()), range(PARTIAL_CHOICES), strict=False):
+        rest, best, common, coming, looked = tuple(tokens[at:min(most, at + self.block)]), None, 0, 0, 0
+        for child in reversed(node.children.values()):
             same = next((i for i, (a, b) in enumerate(zip(child.tokens, rest, strict=False)) if a != b), len(rest))
-            if same > common:
+            if not child.filled:
+                coming = max(coming, same)
+            elif same > common:
                 best, common = child, same
-        return found, best, common
+            looked += child.filled
+            if looked == PARTIAL_CHOICES:
+                break
+        return found, best, common, coming > common + self.block // 4
 
 
 @dataclass(eq=False)
@@ -267,10 +274,10 @@ class Scheduler:
             most = len(sequence.tokens) - 1  # one token at least is computed, for its logits
         if sequence.ring_blocks is not None:
             most = min(most, self.chunk, (sequence.ring_blocks - 1) * self.block)
-        found, partial, common = self.pool.match(sequence.tokens, most)
-        if any(not block.filled for block in found) or (partial is not None and not partial.filled and common > self.block // 4):
+        found, partial, common, wait = self.pool.match(sequence.tokens, most)
+        if wait:
             return None
-        if not copying or partial is None or not partial.filled:
+        if not copying:
             partial, common = None, 0
         if sequence.ring_blocks is None:
             kept, sources = found, []

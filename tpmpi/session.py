@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tpmpi import comm as mpi
@@ -22,6 +23,7 @@ from tpmpi import launch
 from tpmpi.watch import Watch
 
 FAILED, USAGE = 1, 2  # exit codes
+GENTLE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,27 @@ class Session:
             error = e
         self.comm.agree(error)
         return result
+
+    def stop_on_signals(self) -> None:
+        """From now on a signal on any rank only asks to stop, by `watch.stop_requested` on rank 0; the second Ctrl-C ends.
+
+        Called by every rank's main thread; it is no collective.  The signals are SIGTERM, SIGUSR1, SIGUSR2 and the first
+        SIGINT.  What the launchers do with one that they get themselves, tried by hand:
+
+        - MPICH's mpirun (hydra 5.0) passes SIGTERM, SIGUSR1 and the first SIGINT on to each rank, and waits for their end
+          and their exit code; at the second SIGINT it kills them, and SIGUSR2 and SIGHUP kill mpirun and the ranks.
+        - Open MPI's mpirun (5.0) passes SIGUSR1 and SIGUSR2 on and waits.  After SIGTERM or SIGINT it kills the ranks
+          within half a second, which no rank can prevent and no option delays: send it SIGUSR1.
+        - Slurm's `scancel --signal`, `sbatch --signal` and the end of the time limit reach all ranks of a step.
+        """
+        interrupts = itertools.count()
+
+        def act(number: int) -> None:
+            if number == signal.SIGINT and next(interrupts):
+                self.watch.interrupted()
+            self.watch.request_stop(signal.Signals(number).name)
+
+        _on_signals(GENTLE, act)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -87,7 +110,7 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
     except launch.LaunchError as e:
         print(f'tpmpi: {e}', file=sys.stderr, flush=True)
         return FAILED
-    _end_on_interrupt(session.watch)
+    _on_signals([signal.SIGINT], lambda _: session.watch.interrupted())
     try:
         code = body(session, options)
     except mpi.GroupError as e:
@@ -101,21 +124,26 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
     return code
 
 
-def _end_on_interrupt(watch: Watch) -> None:
-    """Ctrl-C ends all ranks at once, also in the middle of a collective, where Python would not look at signals.
+def _on_signals(numbers: Sequence[int], act: Callable[[int], object]) -> None:
+    """Call act(number) for each of these signals at once, also in a collective or a kernel, where Python looks at none.
 
-    The interpreter's own handler writes to a pipe at once, in whichever thread it runs, and this thread reads it.
+    The interpreter's own handler writes the number to a pipe, in whichever thread it runs, and a thread reads it.  A
+    later call takes the place of an earlier one.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)  # nobody below expects a call to be cut short by a signal
 
-    def wait():
-        os.read(reading, 1)
-        watch.interrupted()
+    def listen():
+        while True:
+            for number in os.read(reading, 64):
+                if number in numbers:
+                    act(number)
 
-    threading.Thread(target=wait, name='interrupt', daemon=True).start()
+    threading.Thread(target=listen, name='signals', daemon=True).start()
 
 
 def _silence():

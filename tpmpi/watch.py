@@ -1,4 +1,4 @@
-"""The watch over the ranks: when one is lost or fails, all end in seconds, with one message.
+"""The watch over the ranks: when one is lost, fails or makes no progress, all end in seconds, with one message.
 
 Standard library only, since this file is also the watchman's program: rank 0 runs it as a process of its own.
 """
@@ -33,15 +33,17 @@ SILENT_SECONDS = 8  # a host that answers nothing, not even the kernel's probes,
 PRINT_SECONDS = 0.1  # for the launcher to read a message
 ABORT_SECONDS = 1  # for the launcher to end a process, once MPI's abort is called
 DEPUTY_SECONDS = 2  # for that abort to reach the ranks that leave the message to another rank
-ANSWER_SECONDS = 3  # for the watchman to report a failure
+ANSWER_SECONDS = 3  # for the watchman to report a failure, and for a rank to tell where it is
+BEAT_SECONDS = 0.2  # steps that are shorter are not all told: the watchman of many ranks shall take no core from them
 LEAVE_SECONDS = 5  # for the ranks to be gone before the watchman leaves
 MAX_LINE = 4096  # bytes that one may say at once
+MAX_NAMES = 8  # ranks in one message
 
 log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Ends all ranks, with one message on stderr, when one of them is lost or fails.
+    """Ends all ranks, with one message on stderr, when one of them is lost or fails, or takes no step where one is due.
 
     Most launchers let the others hang in a collective for ever.  Here rank 0 starts a watchman, a small process to
     which each rank keeps one TCP connection: the kernel closes the connections of a dead process, and its probes notice
@@ -55,8 +57,11 @@ class Watch:
 
     def __init__(self, rank: int, size: int, exchange: Callable[[object], list], abort: Callable[[], object]):
         self.rank = rank
+        self.stop_requested = False  # on rank 0: somebody wants the run to stop gently
+        self.where: Callable[[], tuple[int, int]] = lambda: (0, 0)  # this rank's group, and its collectives entered so far
         self._abort = abort
         self._phase = 'start'
+        self._step, self._told = 'none', -math.inf  # the number of the latest, and when the watchman heard of one
         self._closed = False
         self._hosts: Sequence[str] = [socket.gethostname()]
         self._line: _Line | None = None  # to the watchman
@@ -66,13 +71,13 @@ class Watch:
         offer = None
         if rank == 0:
             try:
-                offer = _start_watchman(size, one_machine=len(set(machines)) == 1)
+                offer = _start_watchman(size, one_machine=len({machine[:2] for machine in machines}) == 1)
             except OSError as error:
                 log.warning('no watch over the ranks: if one is lost, the rest may hang (%s)', error)
         offer = exchange(offer)[0]
         if offer is None:
             return
-        self._line = _join(rank, *offer)
+        self._line = _join(rank, os.getpid() if machines[rank] == machines[0] else 0, *offer)
         if self._line:
             threading.Thread(target=self._listen, name='watch', daemon=True).start()
         else:
@@ -90,6 +95,26 @@ class Watch:
             self._phase = phase
             if self._line:
                 self._line.say('phase', phase)
+
+    def expect_steps(self, seconds: float) -> None:
+        """Rank 0: from now on a rank that calls `step` for so long no more, and has not closed, ends the run; inf: none."""
+        if self._line:
+            self._line.say('expect', str(float(seconds)))
+
+    def step(self, number: int) -> None:
+        """This rank begins a step.  Costs some microseconds and never waits."""
+        self._step, now = str(number), time.monotonic()
+        if self._line and now > self._told + BEAT_SECONDS and self._line.say('step', self._step):
+            self._told = now
+
+    def request_stop(self, why: str) -> None:
+        """Set `stop_requested` on rank 0, from any rank and any thread.  why: for rank 0's log, such as 'SIGTERM'."""
+        if self.rank == 0:
+            if not self.stop_requested:
+                log.info('%s: asked to stop', why)
+            self.stop_requested = True
+        elif not (self._line and self._line.say('stop', f'{why} on rank {self.rank}')):
+            log.warning('%s: rank %d cannot tell rank 0 to stop', why, self.rank)
 
     def failed(self, exception: BaseException) -> NoReturn:
         """Ends all ranks, with exit code 1, because of an exception on this one.  The watchman prints it."""
@@ -120,11 +145,16 @@ class Watch:
             self._line.say('goodbye')
 
     def _listen(self) -> None:
-        """The thread: sleeps until the watchman ends this rank, or is lost, and rank 0's host surely with it."""
+        """The thread: does what the watchman says, until that is lost, and rank 0's host surely with it."""
         try:
             while True:
-                for word, _ in self._line.read():  # 'abort' or 'end'
-                    self._end(abort=word == 'abort')
+                for word, about in self._line.read():
+                    if word == 'where':
+                        self._line.say('here', '{} {} {}'.format(*self.where(), self._step))
+                    elif word == 'stop':
+                        self.request_stop(about)
+                    else:
+                        self._end(abort=word == 'abort')
         except OSError as error:
             reason = error.strerror
         if self._closed:  # batch systems kill what is left on a node whose ranks have finished
@@ -153,9 +183,12 @@ class _Line:
     connection: socket.socket
     rank: int = -1  # a stranger
     host: str = ''
+    pid: int = 0  # known for a rank of the watchman's own machine
     phase: str = ''  # none before it has joined
     watched: bool = False  # the end of the line would be a loss
-    since: float = field(default_factory=time.monotonic)
+    step: str = 'none'
+    here: tuple[str, int] | None = None  # its answer: group and collectives
+    since: float = field(default_factory=time.monotonic)  # it has called, or its latest step has begun
     unread: bytes = b''
 
     def __post_init__(self):
@@ -194,9 +227,10 @@ def _print(message: str) -> None:
 
 
 def _machine() -> tuple[str, ...]:
-    """Equal where the loopback interface connects two ranks: in one kernel and one network namespace."""
+    """Kernel and namespaces.  The loopback interface connects ranks with equal first two, a process id needs all three."""
     try:
-        return Path('/proc/sys/kernel/random/boot_id').read_text(), os.readlink('/proc/self/ns/net')
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text()
+        return boot, os.readlink('/proc/self/ns/net'), os.readlink('/proc/self/ns/pid')
     except OSError:
         return (socket.gethostname(),)
 
@@ -228,7 +262,7 @@ def _start_watchman(size: int, one_machine: bool) -> tuple[int, list[str], str, 
         return listener.getsockname()[1], ['127.0.0.1'] if one_machine else _addresses(), secret, welcome
 
 
-def _join(rank: int, port: int, addresses: Sequence[str], secret: str, welcome: str) -> _Line | None:
+def _join(rank: int, pid: int, port: int, addresses: Sequence[str], secret: str, welcome: str) -> _Line | None:
     """A rank's line to the watchman, or None where no address leads to a process that knows the word of welcome."""
     deadline = time.monotonic() + JOIN_SECONDS
     while time.monotonic() < deadline:
@@ -236,7 +270,7 @@ def _join(rank: int, port: int, addresses: Sequence[str], secret: str, welcome: 
             with contextlib.suppress(OSError), contextlib.ExitStack() as unless_joined:
                 line = _Line(socket.create_connection((address, port), CONNECT_SECONDS))
                 unless_joined.enter_context(line.connection)
-                line.say('join', f'{secret} {rank} {socket.gethostname()}')
+                line.say('join', f'{secret} {rank} {socket.gethostname()} {pid}')
                 line.connection.settimeout(WELCOME_SECONDS)
                 if line.read() == [('welcome', welcome)]:
                     line.connection.settimeout(None)
@@ -258,13 +292,15 @@ class _Watchman:
         self.to_join = size
         self.lines: list[_Line] = []
         self.over = math.inf  # when it leaves, whoever is still there
+        self.limit = math.inf  # seconds without a step
+        self.looked, self.asked = -math.inf, math.inf  # when it last looked around, and when it asked the ranks
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> None:
-        """Sleeps until something arrives; looks up once a second only while strangers may come, and at the end."""
+        """Sleeps until something arrives; looks up once a second only where strangers may come, or time may run out."""
         self.selector.register(self.listener, selectors.EVENT_READ)
         while (self.lines or (self.to_join and os.getppid() == self.parent)) and time.monotonic() < self.over:
-            for key, _ in self.selector.select(1 if self.to_join or self.over < math.inf else None):
+            for key, _ in self.selector.select(1 if self.to_join or min(self.over, self.limit) < math.inf else None):
                 if key.data:
                     self.hear(key.data)
                 else:
@@ -272,9 +308,14 @@ class _Watchman:
                         line = _Line(self.listener.accept()[0])
                         self.selector.register(line.connection, selectors.EVENT_READ, line)
                         self.lines.append(line)
-            for line in [line for line in self.lines if line.rank < 0]:
-                if time.monotonic() > line.since + STRANGER_SECONDS:
+            if (now := time.monotonic()) > self.looked + 1:  # not at each beat of many ranks
+                for line in [line for line in self.lines if line.rank < 0 and now > line.since + STRANGER_SECONDS]:
                     self.hang_up(line)
+                self.look_for_a_stall(now)
+                self.looked = now
+        for pid in filter(None, [line.pid for line in self.lines]):
+            with contextlib.suppress(OSError):  # a rank that could end itself has: most likely this one is stopped
+                os.kill(pid, signal.SIGKILL)
 
     def hear(self, line: _Line) -> None:
         """Acts on what a caller says, or on the end of its line."""
@@ -286,6 +327,18 @@ class _Watchman:
                     if not line.phase:
                         self.joined(line)
                     line.phase = about
+                elif word == 'step':
+                    line.step, line.since = about, time.monotonic()
+                elif word == 'here':
+                    group, collectives, line.step = about.split()
+                    line.here = group, int(collectives)
+                elif word == 'expect':
+                    self.limit, self.asked, self.looked = float(about) + BEAT_SECONDS, math.inf, time.monotonic()
+                    for other in self.lines:
+                        other.since = self.looked
+                elif word == 'stop':
+                    for first in (other for other in self.lines if other.rank == 0):
+                        first.say(word, about)
                 elif word == 'goodbye':
                     line.watched = False
                 elif word == 'failed':
@@ -298,16 +351,16 @@ class _Watchman:
 
     def greet(self, line: _Line, word: str, about: str) -> None:
         """Answers to the secret.  Raises ConnectionError for a stranger."""
-        secret, _, rank_and_host = about.partition(' ')
+        secret, _, caller = about.partition(' ')
         if word != 'join' or not hmac.compare_digest(secret.encode(), self.secret.encode()):
             raise ConnectionError(0, 'a stranger')
-        rank, line.host = rank_and_host.split()
-        line.rank = int(rank)
+        rank, line.host, pid = caller.split()
+        line.rank, line.pid = int(rank), int(pid)
         line.say('welcome', self.welcome)
 
     def joined(self, line: _Line) -> None:
         """From now on the end of this line is a loss."""
-        line.watched = True
+        line.watched, line.since = True, time.monotonic()
         self.to_join -= 1
         if not self.to_join:
             self.selector.unregister(self.listener)
@@ -321,14 +374,51 @@ class _Watchman:
         line.connection.close()
         self.lines.remove(line)
 
-    def end(self, message: str) -> None:
+    def look_for_a_stall(self, now: float) -> None:
+        """Asks all ranks where they are if one is late.  Then ends them, unless none is late any more."""
+        ranks = [line for line in self.lines if line.watched]
+        if now > self.looked + ANSWER_SECONDS:  # it was suspended, and the ranks surely with it: that time does not count
+            self.asked = math.inf
+            for line in ranks:
+                line.since = min(line.since + now - self.looked, now)
+        late = [line for line in ranks if now > line.since + self.limit]
+        if not late:
+            self.asked = math.inf
+        elif self.asked == math.inf:
+            self.asked = now
+            for line in ranks:
+                line.here = None
+                line.say('where')
+        elif now > self.asked + ANSWER_SECONDS or all(line.here for line in ranks):
+            silent = [line for line in ranks if not line.here and line.since < self.asked]
+            self.end(f'no progress for {self.limit - BEAT_SECONDS:g} s: {_blame(silent or _behind(ranks, late), late)}; '
+                     f'all ranks end, and the same command goes on', silent)
+
+    def end(self, message: str, silent: Sequence[_Line] = ()) -> None:
         """Says why and ends all ranks, one of them by MPI's abort.  Only the first loss counts: the others follow."""
         if self.over == math.inf:
             self.over = time.monotonic() + LEAVE_SECONDS
             _print(message)
-            ranks = sorted((line for line in self.lines if line.phase), key=lambda line: (not line.watched, line.rank))
+            ranks = sorted((line for line in self.lines if line.phase),
+                           key=lambda line: (line in silent, not line.watched, line.rank))
             for number, line in enumerate(ranks):
                 line.say('end' if number else 'abort')
+
+
+def _behind(ranks: Sequence[_Line], late: Sequence[_Line]) -> list[_Line]:
+    """Those who have entered fewer collectives than others of their group, of the groups of the late."""
+    behind = []
+    for group in {line.here[0] for line in late if line.here}:
+        counts = {line: line.here[1] for line in ranks if line.here and line.here[0] == group}
+        behind += [line for line in counts if counts[line] == min(counts.values()) < max(counts.values())]
+    return behind
+
+
+def _blame(missing: Sequence[_Line], late: Sequence[_Line]) -> str:
+    """What a message says of the missing ranks, or of all if there are none."""
+    names = [f'rank {line.rank} on {line.host} (last step {line.step})' for line in sorted(missing, key=lambda x: x.rank)]
+    names[MAX_NAMES:] = [f'{len(names) - MAX_NAMES} more'] * (len(names) > MAX_NAMES)
+    return f'{", ".join(names)} did not arrive' if names else f'every rank waits (last step {late[0].step})'
 
 
 if __name__ == '__main__':

@@ -1,0 +1,307 @@
+"""Run a file of prompts and lose nothing:  mpirun -n 4 python -m tpmpi.batch --model M.h5 --input in.jsonl --output out.jsonl
+
+One line of JSON for each request, and one for each result.  The same command, on any number of ranks, goes on where an
+earlier one ended, however that ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from hashlib import blake2b
+from pathlib import Path
+from time import perf_counter
+
+import tpmpi
+from tpmpi import api, session
+from tpmpi.config import DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+
+STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
+MAX_SEQUENCES = 64
+STALL_SECONDS = 300.0
+MODEL_SAMPLE = 1 << 20  # bytes at either end of a model file that tell it from another one
+
+log = logging.getLogger('tpmpi')
+
+
+def seconds(text: str) -> float:
+    """A duration: seconds, minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds, as Slurm writes it."""
+    days, _, clock = text.rpartition('-')
+    parts = clock.split(':')
+    if len(parts) > 3 or (days and not days.isdigit()):
+        raise ValueError(text)
+    total = 0.0
+    for part in parts:
+        total = 60 * total + float(part)
+    total += 86400 * int(days or 0)
+    if not 0 < total < 1e9:
+        raise ValueError(text)
+    return total
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of a batch.  Raises SystemExit, as argparse does, for a bad one."""
+    p = session.ArgumentParser('python -m tpmpi.batch', description=__doc__.partition('\n')[0])
+    p.add_argument('--model', metavar='FILE', help='model file made by tpmpi.convert (default: the bundled one)')
+    p.add_argument('--input', metavar='FILE', required=True, help='a request in each line, JSON: {"id", "prompt"} or '
+                   '{"id", "messages"}, or the OpenAI batch format')
+    p.add_argument('--output', metavar='FILE', required=True, help='a result in each line; what it holds is not done again')
+    p.add_argument('--replicas', type=int, default=1, metavar='R', help='copies of the model that share the ranks')
+    p.add_argument('--max-new-tokens', type=int, metavar='N', help='of a line that does not say (default: 128, or what fits)')
+    p.add_argument('--temperature', type=float, default=0.0, help='0, the default, takes the most probable token')
+    p.add_argument('--top-k', type=int, default=0, metavar='K')
+    p.add_argument('--top-p', type=float, default=1.0, metavar='P')
+    p.add_argument('--min-p', type=float, default=0.0, metavar='P')
+    p.add_argument('--seed', type=int, default=0, help='with the number of the line: the same seed gives the same texts')
+    p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be repeated')
+    p.add_argument('--ignore-eos', action='store_true', help="go on after the model's end token")
+    p.add_argument('--logprobs', type=int, default=0, metavar='K', help='the K best tokens of each step')
+    p.add_argument('--prompt-logprobs', action='store_true', help='log-probability of each prompt token (scoring)')
+    p.add_argument('--embeddings', action='store_true', help="the hidden state of each prompt's last token")
+    p.add_argument('--kv-memory', metavar='SIZE', help="bytes of the KV cache on each rank, such as 4G, or a share of what is "
+                   'free on the node, such as 60%% (default: 50%%, and no more than can be used)')
+    p.add_argument('--max-sequences', type=int, default=MAX_SEQUENCES, metavar='N',
+                   help=f'requests that are computed together (default: {MAX_SEQUENCES})')
+    p.add_argument('--chunk', type=int, default=512, metavar='N', help='tokens of one step')
+    p.add_argument('--no-prefix-sharing', action='store_true', help='compute equal beginnings of prompts again and again')
+    p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
+    p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
+    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--activations', default='float32', choices=KV_DTYPES)
+    p.add_argument('--kernels', default='auto', choices=KERNELS)
+    p.add_argument('--device', default='auto', choices=DEVICES)
+    p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
+    p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
+    p.add_argument('--time-limit', type=seconds, metavar='TIME', help='stop in time to be started again: seconds, or H:M:S')
+    p.add_argument('--stall-timeout', type=seconds, default=STALL_SECONDS, metavar='TIME',
+                   help=f'end when a rank takes no step for so long (default: {STALL_SECONDS:.0f})')
+    p.add_argument('--lease-timeout', type=seconds, default=20.0, metavar='TIME',
+                   help='another writer of the output that shows no life for so long is taken for dead (default: 20)')
+    p.add_argument('--report', metavar='FILE', help='figures of the run, JSON (default: OUTPUT.report.json)')
+    options = p.parse_args(argv)
+    for name in ('replicas', 'max_sequences', 'threads'):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            p.error(f'--{name.replace("_", "-")} is {value}; expected at least 1')
+    if len({os.path.realpath(f) for f in (options.input, options.output, options.report or options.output + '.report.json')}) < 3:
+        p.error('--input, --output and --report must be different files')
+    return options
+
+
+# ---- what rank 0 opens before a large model is read
+
+
+def defaults_of(options: argparse.Namespace):
+    """What holds for lines that do not say.  Raises ConfigError for a value out of range."""
+    from tpmpi.batch_format import Defaults
+    from tpmpi.sampling import SamplingParams
+    names = ('temperature', 'top_k', 'top_p', 'min_p', 'seed', 'ignore_eos', 'logprobs', 'prompt_logprobs')
+    values = {name: getattr(options, name) for name in names} | {'stop': tuple(options.stop)}
+    SamplingParams(**values, max_new_tokens=options.max_new_tokens or 0)
+    return Defaults(**values, max_new_tokens=options.max_new_tokens, embedding=options.embeddings)
+
+
+def facts_of(options: argparse.Namespace, model: Path, lines) -> dict:
+    """What decides the text of the results: an output is only continued with the same."""
+    with open(model, 'rb') as f:
+        size = os.fstat(f.fileno()).st_size
+        digest = blake2b(f.read(MODEL_SAMPLE), digest_size=16)
+        f.seek(max(0, size - MODEL_SAMPLE))
+        digest.update(f.read())
+    names = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'seed', 'stop', 'ignore_eos', 'logprobs',
+             'prompt_logprobs', 'embeddings', 'context', 'kv', 'weights', 'activations')
+    return {'input': lines.facts, 'model': {'bytes': size, 'blake2b': digest.hexdigest()},
+            'options': {name: getattr(options, name) for name in names}}
+
+
+def open_files(s: session.Session, options: argparse.Namespace):
+    """On rank 0 the input and the output, with what is done already marked; None elsewhere."""
+    if options.replicas > s.comm.size:
+        raise ConfigError(f'--replicas is {options.replicas} with {s.comm.size} ranks; expected one rank or more for each')
+    if s.comm.rank:
+        return None
+    from tpmpi.batch_format import record_key
+    from tpmpi.batch_input import InputFile
+    from tpmpi.results import Results
+    lines = InputFile(Path(options.input))
+    facts = facts_of(options, api.bundled_model() if options.model is None else Path(options.model), lines)
+    results = Results(Path(options.output), facts, same=lambda former, _: lines.changed(former),
+                      stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout)
+    try:
+        for record in results.existing():
+            kind, key = record_key(record)
+            line = key if kind == 'line' else lines.find(key)
+            if line is not None:
+                lines.mark_done(line)
+                results.forget(line)
+    except BaseException:
+        results.close(complete=False)
+        raise
+    return lines, results
+
+
+# ---- the model's replicas
+
+
+def load(s: session.Session, options: argparse.Namespace):
+    """The model on this rank, as a part of its replica: (llm, the replica's communicator, its number)."""
+    replica = s.comm.rank * options.replicas // s.comm.size
+    group = s.comm.split(replica)
+    llm = api.load(options.model, context=options.context, device=options.device, kv=options.kv, chunk=options.chunk,
+                   verify=options.verify, weights=options.weights, kernels=options.kernels, activations=options.activations,
+                   share_prefixes=not options.no_prefix_sharing, session=s, group=group)
+    return llm, group, replica
+
+
+def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, group) -> int:
+    """Blocks of the cache, equal on all ranks of a replica: what the memory given holds, and no more than can be used."""
+    from tpmpi.kv_cache import block_bytes, ring_positions
+    from tpmpi.memory import free_bytes, kv_bytes_per_rank
+    engine, config = llm.engine, llm.config
+    run, model = engine.run, engine.model
+    s.comm.exchange(None)  # all have loaded: what is free now is free
+    given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, s.local_size, free_bytes()))
+    each = block_bytes(config, model.shard, run.block, engine.ops, run.kv_dtype)
+    longest = max(config.max_positions, options.context or 0)
+    most = options.max_sequences * -(-ring_positions(longest, model.window, run.chunk) // run.block)
+    blocks = min(group.exchange(min(most, given // each if each else most)))
+
+    def check():
+        if blocks < 1:
+            raise ConfigError(f'the KV cache may take {given:,} bytes on this rank and one block of {run.block} positions takes '
+                              f'{each:,}: give it more with --kv-memory, or use more ranks')
+    s.agreed(check)
+    return blocks
+
+
+# ---- the run
+
+
+def body(s: session.Session, options: argparse.Namespace) -> int:
+    """Open, load, run, report; returns the exit code, on every rank alike."""
+    start, began = perf_counter(), time.time()
+    defaults = s.agreed(defaults_of, options)
+    files = s.agreed(open_files, s, options)
+    s.stop_on_signals()
+    try:
+        return run(s, options, defaults, files, start, began)
+    finally:
+        if files is not None:  # an error: what is finished is safe, and the next run finds the output free
+            files[1].close(complete=False)
+
+
+def run(s: session.Session, options: argparse.Namespace, defaults, files, start: float, began: float) -> int:
+    """The batch, from loading the model to the report."""
+    from tpmpi.comm import Mail
+    from tpmpi.dispatch import Queue, Replica, follow, lead_all, lead_replica
+    from tpmpi.progress import Energy, Progress
+    llm, group, number = load(s, options)
+    engine, first = llm.engine, s.comm.rank == 0
+    blocks = cache_blocks(s, options, llm, group)
+    s.agreed(engine.allocate, blocks, options.max_sequences)
+    leaders = s.comm.split(0 if group.rank == 0 else 1)
+    energy = Energy() if s.local_rank == 0 else None
+    limit = float('inf') if options.time_limit is None else start + options.time_limit
+    if first:
+        lines, results = files
+        total, before = lines.count(), lines.count() - lines.remaining
+        log.info('%s: %d requests, %d done before; %d replica%s on %d rank%s, %d blocks of %d positions in the cache of each',
+                 options.input, total, before, options.replicas, 's' * (options.replicas > 1), s.comm.size,
+                 's' * (s.comm.size > 1), blocks, engine.run.block)
+        queue = Queue(lines, results, options.replicas, lambda: s.watch.stop_requested or perf_counter() > limit)
+        progress = Progress(total, before)
+    beats = 0
+
+    def beat():
+        nonlocal beats
+        beats += 1
+        s.watch.step(engine.steps)
+        if energy is not None and beats % 1000 == 0:
+            energy.poll()
+        if first:
+            progress.update(before + queue.finished + queue.failed, queue.tokens, sum(queue.held), queue.left)
+
+    s.watch.where = lambda: (number, group.entered)
+    group.while_waiting = s.comm.while_waiting = lambda: s.watch.step(engine.steps)
+    if first:
+        s.watch.expect_steps(options.stall_timeout)
+    loaded = perf_counter()
+    if group.rank == 0:
+        mail = Mail(leaders)
+        replica = Replica(engine, defaults, Path(options.model or 'bundled').stem, options.max_sequences)
+        if first:
+            lead_all(queue, replica, mail, beat)
+        else:
+            lead_replica(replica, mail, beat)
+        mail.close()
+    else:
+        follow(engine, beat)
+    figures = s.comm.exchange(rank_figures(s, engine, energy))
+    error, complete = None, False
+    if first:
+        complete = queue.error is None and lines.remaining == 0
+        try:
+            results.close(complete)
+        except (ValueError, OSError) as e:
+            queue.error = queue.error or e
+        error = queue.error
+        progress.close()
+    s.comm.agree(error)
+    if first:
+        report(s, options, queue, figures, complete, before, total, loaded - start, perf_counter() - loaded, began)
+    s.watch.expect_steps(float('inf'))
+    return s.comm.share(0 if complete else STOPPED)
+
+
+def rank_figures(s: session.Session, engine, energy) -> dict:
+    """What the report says of this rank."""
+    from tpmpi.memory import peak_bytes
+    traffic = engine.comm.traffic['all_reduce']
+    return {'host': s.host, 'seconds': {name: round(value, 3) for name, value in engine.seconds.items()},
+            'all_reduce_seconds': round(traffic.seconds, 3), 'steps': engine.steps, 'peak_bytes': peak_bytes(),
+            'energy': None if energy is None else energy.read(),
+            'shared_tokens': engine.scheduler.shared_tokens if engine.scheduler else 0,
+            'preemptions': engine.scheduler.preemptions if engine.scheduler else 0}
+
+
+def report(s, options, queue, figures: list[dict], complete: bool, before: int, total: int, load_seconds: float,
+           run_seconds: float, began: float) -> None:
+    """The report's file and the closing line."""
+    from tpmpi.progress import node_list, write_report
+    joules = [f['energy'] for f in figures if f['energy'] is not None]
+
+    def sum_of(name):
+        known = [j[name] for j in joules if j[name] is not None]
+        return round(sum(known), 1) if known else None
+
+    rate = queue.tokens / run_seconds if run_seconds else 0.0
+    write_report(Path(options.report or options.output + '.report.json'), {
+        'complete': complete, 'requests': total, 'done': queue.finished, 'failed': queue.failed, 'skipped': before,
+        'tokens': queue.tokens, 'prompt_tokens': queue.prompt_tokens, 'tokens_per_s': round(rate, 2),
+        'began': time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(began)),
+        'load_seconds': round(load_seconds, 3), 'run_seconds': round(run_seconds, 3),
+        'shared_prompt_tokens': sum(f['shared_tokens'] for f in figures), 'preemptions': sum(f['preemptions'] for f in figures),
+        'replicas': options.replicas, 'threads': s.threads, 'nodes': node_list([f['host'] for f in figures]),
+        'rapl_joules': sum_of('rapl_joules'), 'gpu_joules': sum_of('gpu_joules'),
+        'ranks': [{key: f[key] for key in ('host', 'steps', 'seconds', 'all_reduce_seconds', 'peak_bytes')} for f in figures],
+        'job': {name: os.environ[name] for name in ('SLURM_JOB_ID', 'SLURM_ARRAY_JOB_ID', 'SLURM_ARRAY_TASK_ID',
+                                                    'SLURM_RESTART_COUNT') if name in os.environ},
+        'tpmpi': tpmpi.__version__})
+    left = total - before - queue.finished - queue.failed
+    counts = f'{queue.finished} done, {queue.failed} failed, {before} skipped'
+    if complete:
+        log.info('done: %s; %.1f tokens/s', counts, rate)
+    else:
+        log.info('stopped: %s, %d left; the same command goes on', counts, left)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns this rank's exit code."""
+    return session.command(body, parse, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

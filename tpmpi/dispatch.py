@@ -1,0 +1,293 @@
+"""The work of a batch: one queue on global rank 0, and replicas of the model that each take from it.
+
+A replica's first rank sends a report: what has finished, what unfinished requests have gained, how many requests it
+could take.  Rank 0 looks for reports between its own steps, since MPI moves messages only then, and answers each with
+lines of the input.  It alone writes.  Lines are parsed and tokenized where they are run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tpmpi.batch_format import (
+    BatchRequest,
+    Defaults,
+    LineError,
+    Outcome,
+    encode_record,
+    error_record,
+    line_id,
+    parse_line,
+    result_record,
+)
+from tpmpi.engine import Engine, Request
+
+DEFAULT_NEW_TOKENS, COMPLETION_TOKENS = 128, 16  # of a line that does not say; the latter is OpenAI's for completions
+REPORT_SECONDS = 0.3  # between two reports with nothing but tokens for the journal
+IDLE_SECONDS = 2e-3
+AHEAD = 4  # requests that a replica takes before it has room, so that none of its steps is empty
+
+
+@dataclass
+class Report:
+    """What a replica tells the queue."""
+
+    finished: list[tuple[int, str, bool]] = field(default_factory=list)  # line, its record, whether it is an error
+    progress: list[tuple[int, list[int]]] = field(default_factory=list)  # line, tokens since the last report
+    tokens: int = 0  # generated since the last report
+    prompt_tokens: int = 0  # of requests that have finished since
+    held: int = 0  # requests that the replica has
+    room: int = 0  # requests that it could take
+    leaving: bool = False  # this is the last one
+
+
+@dataclass
+class Answer:
+    """What the queue tells a replica."""
+
+    lines: list[tuple[int, bytes, list[int]]] = field(default_factory=list)  # number, content, tokens that it has already
+    empty: bool = False  # no line will come any more
+    stop: bool = False  # leave now
+
+
+class Queue:
+    """Which lines are to do, which replica has how many, and what has become of them.  On global rank 0."""
+
+    def __init__(self, lines, results, replicas: int, should_stop):
+        self.lines, self.results, self.should_stop = lines, results, should_stop
+        self.pending = self._pending()
+        self.next_line: int | None = None
+        self.held = [0] * replicas  # requests that each replica has
+        self.left = lines.remaining  # lines that nobody has yet
+        self.here = set(range(replicas))  # replicas that will report again
+        self.finished = self.failed = self.tokens = self.prompt_tokens = 0
+        self.error: Exception | None = None
+        self._advance()
+
+    def _pending(self) -> Iterator[int]:
+        """Lines to do, those that an earlier run has begun first."""
+        begun = sorted(line for line in self.results.unfinished if not self.lines.is_done(line))
+        yield from begun
+        seen = set(begun)
+        yield from (line for line in self.lines.pending() if line not in seen)
+
+    def _advance(self) -> None:
+        self.next_line = next(self.pending, None)
+
+    @property
+    def stopping(self) -> bool:
+        """No more work is given out."""
+        return self.error is not None or self.should_stop()
+
+    def answer(self, replica: int, report: Report) -> Answer:
+        """Take a report and give work: to each replica its even share of what is left, as far as it has room."""
+        try:
+            for line, tokens in report.progress:
+                self.results.progress(line, tokens)
+            for line, record, is_error in report.finished:
+                self.results.finish(line, record)
+                self.lines.mark_done(line)
+                self.failed += is_error
+                self.finished += not is_error
+            self.results.check()
+        except (ValueError, OSError) as e:
+            self.error = self.error or e
+        self.tokens += report.tokens
+        self.prompt_tokens += report.prompt_tokens
+        self.held[replica] = report.held
+        if report.leaving:
+            self.here.discard(replica)
+        answer = Answer(stop=self.stopping)
+        if not answer.stop:
+            share = -(-(sum(self.held) + self.left) // len(self.held))
+            for _ in range(min(report.room, max(0, share - report.held))):
+                if self.next_line is None:
+                    break
+                try:
+                    answer.lines.append(self._take())
+                except (ValueError, OSError) as e:
+                    self.error, answer.stop = self.error or e, True
+                    break
+            self.held[replica] += len(answer.lines)
+            answer.empty = self.next_line is None
+        return answer
+
+    def _take(self) -> tuple[int, bytes, list[int]]:
+        line = self.next_line
+        data, tokens = self.lines.read(line), self.results.unfinished.pop(line, [])
+        earlier = self.lines.repeated(line)
+        self.left -= 1
+        self._advance()
+        return (line, data, tokens) if earlier is None else (line, REPEATED + str(earlier).encode() + b' ' + data, [])
+
+
+REPEATED = b'\0repeats '  # before a line whose id an earlier one has: no line of JSON begins so
+
+
+class Replica:
+    """One copy of the model at work, seen from its first rank."""
+
+    def __init__(self, engine: Engine, defaults: Defaults, model: str, max_sequences: int):
+        self.engine, self.defaults, self.model, self.max_sequences = engine, defaults, model, max_sequences
+        self.requests: dict[int, tuple[BatchRequest, Request]] = {}  # by line
+        self.told: dict[int, int] = {}  # tokens of each that the queue knows
+        self.unsent = Report()
+        self.empty = self.stopped = False
+        self.reported = 0.0
+        self.created = int(time.time())
+
+    @property
+    def busy(self) -> bool:
+        """There is something to compute."""
+        return bool(self.requests)
+
+    def take(self, answer: Answer) -> None:
+        """Begin what the queue has given."""
+        self.empty, self.stopped = self.empty or answer.empty, self.stopped or answer.stop
+        for line, data, tokens in answer.lines:
+            self._begin(line, data, tokens)
+
+    def _begin(self, line: int, data: bytes, tokens: list[int]) -> None:
+        if data.startswith(REPEATED):
+            earlier, _, data = data[len(REPEATED):].partition(b' ')
+            style = 'openai' if b'"custom_id"' in data else 'plain'
+            self._fail(line, None, style, LineError(f'id {line_id(data)!r} is that of line {int(earlier)} already'))
+            return
+        try:
+            asked = parse_line(data, line, self.defaults)
+        except LineError as e:
+            self._fail(line, e.id, e.style, e)
+            return
+        try:
+            request = self._request(asked, line)
+            self.engine.add(request, tokens)
+        except ValueError as e:
+            self._fail(line, asked.id, asked.style, e)
+            return
+        self.requests[line] = asked, request
+        self.told[line] = len(request.tokens)
+        if request.finish_reason is not None:
+            self._finish(line)
+
+    def _request(self, asked: BatchRequest, line: int) -> Request:
+        from tpmpi.sampling import SamplingParams
+        tokenizer, config = self.engine.tokenizer, self.engine.model.config
+        if asked.messages is not None:
+            tokens = tokenizer.apply_chat_template(asked.messages)
+        else:
+            tokens = tokenizer.encode(asked.prompt) if isinstance(asked.prompt, str) else asked.prompt
+        params = dict(asked.params)
+        if params.get('max_new_tokens') is None:
+            usual = COMPLETION_TOKENS if asked.url == '/v1/completions' else DEFAULT_NEW_TOKENS
+            room = config.max_positions - len(tokens)
+            params['max_new_tokens'] = min(usual, max(0, room)) if self.engine.run.context is None else usual
+            if asked.url == '/v1/embeddings':
+                params['max_new_tokens'] = 0
+        params['embedding'] = asked.embedding
+        return self.engine.request(tokens, SamplingParams(**params), 0 if asked.own_seed else line)
+
+    def step(self) -> None:
+        """One step of the engine, and what it has finished."""
+        self.engine.step()
+        for line, (_, request) in list(self.requests.items()):
+            if request.finish_reason is not None:
+                self._finish(line)
+
+    def report(self, leaving: bool = False) -> Report | None:
+        """What the queue should hear now, or None."""
+        now, held = time.monotonic(), len(self.requests)
+        room = 0 if self.empty or self.stopped else max(0, self.max_sequences + AHEAD - held)
+        due = now - self.reported > REPORT_SECONDS
+        if not (leaving or due or self.unsent.finished or (room and not held)):
+            return None
+        report, self.unsent = self.unsent, Report()
+        for line, (asked, request) in self.requests.items():
+            whole = asked.logprobs or asked.embedding or request.params.prompt_logprobs  # must be computed again from the start
+            if len(request.tokens) > self.told[line] and not whole:
+                report.progress.append((line, request.tokens[self.told[line]:]))
+            report.tokens += len(request.tokens) - self.told[line]
+            self.told[line] = len(request.tokens)
+        report.held, report.room, report.leaving, self.reported = held, room, leaving, now
+        return report
+
+    def _finish(self, line: int) -> None:
+        asked, request = self.requests.pop(line)
+        self.unsent.tokens += len(request.tokens) - self.told.pop(line)
+        self.unsent.prompt_tokens += len(request.prompt_tokens)
+        record = result_record(asked, self._outcome(asked, request), self.model, self.created)
+        self.unsent.finished.append((line, encode_record(record).decode().rstrip('\n'), False))
+
+    def _fail(self, line: int, id, style: str, error: Exception) -> None:
+        message = ' '.join(str(error).split())
+        record = error_record(line, id, style, message)
+        self.unsent.finished.append((line, encode_record(record).decode().rstrip('\n'), True))
+
+    def _outcome(self, asked: BatchRequest, request: Request) -> Outcome:
+        decode, logprobs, embedding = self.engine.tokenizer.decode, None, None
+        if asked.logprobs:
+            logprobs = [{'token': c.token, 'text': decode([c.token]), 'logprob': c.logprob,
+                         'top': [[token, decode([token]), logprob] for token, logprob in c.top]} for c in request.choices]
+        if asked.embedding:
+            embedding = [float(x) for x in request.embedding]
+        scores = request.prompt_logprobs if request.params.prompt_logprobs else None
+        return Outcome(len(request.prompt_tokens), request.tokens, request.text, request.finish_reason, logprobs, scores,
+                       embedding)
+
+
+# ---- the loops
+
+
+def lead_all(queue: Queue, replica: Replica, mail, beat) -> None:
+    """Global rank 0: its own replica's work, the other replicas' mail, until all have left.
+
+    mail: comm.Mail between the first ranks of replicas, number r on rank r there.  beat: called before each step.
+    """
+    alone = len(queue.held) == 1
+    while True:
+        beat()
+        while not alone and (message := mail.receive()) is not None:
+            number, report = message
+            mail.send(number, queue.answer(number, report))
+        if 0 in queue.here:
+            if (report := replica.report()) is not None or queue.stopping:
+                replica.take(queue.answer(0, report or Report(held=len(replica.requests))))
+            if replica.stopped or (replica.empty and not replica.busy and not replica.unsent.finished):
+                queue.answer(0, replica.report(leaving=True))
+                replica.engine.step(stop=True)
+            elif replica.busy:
+                replica.step()
+            continue
+        if not queue.here:
+            return
+        time.sleep(IDLE_SECONDS)
+
+
+def lead_replica(replica: Replica, mail, beat) -> None:
+    """The first rank of another replica: one report under way at a time, until it leaves."""
+    waiting = leaving = False
+    while True:
+        beat()
+        if waiting and (message := mail.receive()) is not None:
+            waiting = False
+            replica.take(message[1])
+            if leaving:
+                return
+        if not waiting and not leaving:
+            leaving = replica.stopped or (replica.empty and not replica.busy and not replica.unsent.finished)
+            if (report := replica.report(leaving)) is not None:
+                mail.send(0, report)
+                waiting = True
+            if leaving:
+                replica.engine.step(stop=True)
+        if replica.busy and not leaving and not replica.stopped:
+            replica.step()
+        elif waiting:
+            time.sleep(IDLE_SECONDS)
+
+
+def follow(engine: Engine, beat) -> None:
+    """All other ranks: compute what their replica's first rank plans."""
+    while not engine.step().stop:
+        beat()
