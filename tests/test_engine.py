@@ -129,6 +129,84 @@ def test_all_ranks_stop_when_rank_0_is_told_to(models):
         assert len(request.tokens) == 4 and request.finish_reason == 'cancelled'
 
 
+def run_many(path, requests, ranks, num_blocks, most, run, arrivals=None):
+    """Requests (prompt, params) that come in over time, all in one engine; rank 0's finished ones, and its scheduler."""
+    def work(comm):
+        engine = engine_on(comm, path, RunConfig(**run))
+        engine.allocate(num_blocks, most)
+        if comm.rank:
+            while not engine.step().stop:
+                pass
+            return None
+        coming = [(arrivals[i] if arrivals else 0, engine.request(*request, id=i)) for i, request in enumerate(requests)]
+        done = [request for _, request in coming]
+        while coming or engine.unfinished:
+            while coming and (coming[0][0] <= engine.steps or not engine.unfinished):
+                engine.add(coming.pop(0)[1])
+            engine.step()
+        engine.step(stop=True)
+        return done, engine.scheduler
+    return on_threads(ranks, work)[0]
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 4])
+@pytest.mark.parametrize('name', ['nine_heads', 'parallel'])
+def test_many_requests_at_once_are_each_computed_as_if_alone(models, name, ranks):
+    """Prompts that begin alike, join late, and are sent back to the queue by a cache that is too small for all."""
+    path, config, tensors = models[name]
+    rng = np.random.default_rng(ranks)
+    common = rng.integers(0, 256, 13).tolist()
+    prompts = [(common if i % 2 else []) + rng.integers(0, 256, 1 + i % 7).tolist() for i in range(12)]
+    requests = [(p, SamplingParams(max_new_tokens=3 + i % 11, logprobs=2, prompt_logprobs=i == 5)) for i, p in enumerate(prompts)]
+    done, scheduler = run_many(path, requests, ranks, 14, 6, {'chunk': 16, 'block': 4}, arrivals=[i // 2 for i in range(12)])
+    assert scheduler.preemptions and scheduler.shared_tokens
+    for request, (_, params) in zip(done, requests, strict=True):
+        assert len(request.tokens) == params.max_new_tokens
+        check_against_recomputing(request, tensors, config)
+    exact = log_softmax(tiny.oracle_logits(tensors, config, prompts[5]))
+    np.testing.assert_allclose(done[5].prompt_logprobs, [exact[i, t] for i, t in enumerate(prompts[5][1:])], atol=1e-4)
+
+
+def test_many_requests_beyond_their_rings_copy_what_they_share(models):
+    path, config, tensors = models['nine_heads']
+    common = np.random.default_rng(1).integers(0, 256, 9).tolist()
+    requests = [(common + [i], SamplingParams(max_new_tokens=4 if i == 0 else 25, logprobs=1)) for i in range(5)]
+    run = {'chunk': 8, 'block': 4, 'context': 10}
+    done, scheduler = run_many(path, requests, 2, 60, 5, run, arrivals=[0, 9, 9, 10, 10])
+    for request in done:
+        check_against_recomputing(request, tensors, config, window=10)
+
+
+@pytest.mark.parametrize('params', [{}, {'temperature': 1.0}, {'temperature': 0.8, 'top_p': 0.9}, {'repetition_penalty': 1.3}])
+def test_tokens_of_an_earlier_run_are_gone_on_from(models, params):
+    path = models['nine_heads'][0]
+    whole = generate(path, PROMPT, SamplingParams(max_new_tokens=20, seed=3, **params))[0].tokens
+
+    def work(comm):
+        engine, found = engine_on(comm, path, RunConfig()), []
+        for have in (1, 7, 19, 20):
+            engine.allocate(4, 2)
+            request = engine.request(PROMPT, SamplingParams(max_new_tokens=20, seed=3, **params))
+            engine.add(request, whole[:have])
+            while engine.unfinished:
+                engine.step()
+            engine.step()
+            found.append(request)
+        return found
+
+    for request in on_threads(1, work)[0]:
+        assert request.tokens == whole and request.finish_reason == 'length'
+        assert request.text == Tokenizer(tiny.byte_tokenizer()).decode(whole)
+
+
+def test_the_hidden_state_of_a_prompt_s_last_token(models):
+    path, config, tensors = models['nine_heads']
+    done, _ = run_many(path, [(PROMPT[:n], SamplingParams(max_new_tokens=0, embedding=True)) for n in (1, 4, 10)], 3, 9, 4, {})
+    for request, n in zip(done, (1, 4, 10), strict=True):
+        logits = tiny.oracle_logits(tensors, config, PROMPT[:n])[-1]
+        np.testing.assert_allclose(tensors['head'] @ request.embedding, logits, atol=1e-4)
+
+
 @pytest.mark.parametrize(('prompt', 'params', 'message'), [
     ([], {}, 'the prompt is empty'), ([300], {}, 'the prompt holds token 300; the model has tokens 0 to 299'),
     ([-1], {}, 'token -1'), ([1] * 200, {'max_new_tokens': 57}, 'are 257; the model was trained for 256')])
