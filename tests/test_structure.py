@@ -18,17 +18,18 @@ FLOORS = {
     'chat_template': 1, 'file_layout': 1, 'memory': 1,
     'kv_cache': 2, 'model': 2,
     'sampling': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3, 'results': 3,
-    'progress': 3,
+    'progress': 3, 'arrays': 3,
     'session': 4, 'dispatch': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, 'batch': 6, '__init__': 7,
 }
 # two modules of one floor that may know each other, and why
 NEIGHBOURS = {
     ('sharding', 'config'), ('sharding', 'weights'),  # facts
     ('model', 'kv_cache'), ('engine', 'sampling'), ('engine', 'scheduler'), ('scheduler', 'sampling'),
-    ('batch_format', 'sampling'), ('results', 'lease'), ('tokenizer', 'chat_template'), ('checkpoint', 'file_layout'),  # parts
+    ('batch_format', 'sampling'), ('batch_input', 'batch_format'), ('results', 'lease'),
+    ('tokenizer', 'chat_template'), ('checkpoint', 'file_layout'),  # parts
 }
 THIRD_PARTY = {
-    'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'file_layout', 'versions'}, 'cupy': {'device', 'versions'},
+    'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'file_layout', 'versions', 'arrays'}, 'cupy': {'device', 'versions'},
     'tokenizers': {'tokenizer', 'formats'}, 'numba': {'kernels'}, 'llvmlite': {'kernels'},
     'jinja2': {'chat_template'}, 'safetensors': {'formats'}, 'gguf': {'formats'}, 'tqdm': {'convert'}, 'numpy': None,
 }

@@ -51,7 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--output', metavar='FILE', required=True, help='a result in each line; what it holds is not done again')
     p.add_argument('--replicas', type=int, default=1, metavar='R', help='copies of the model that share the ranks')
     p.add_argument('--max-new-tokens', type=int, metavar='N', help='of a line that does not say (default: 128, or what fits)')
-    p.add_argument('--temperature', type=float, default=0.0, help='0, the default, takes the most probable token')
+    p.add_argument('--temperature', type=float, default=0.0, help='of lines that are not in the OpenAI format, where it is 1 '
+                   '(default: 0, the most probable token)')
     p.add_argument('--top-k', type=int, default=0, metavar='K')
     p.add_argument('--top-p', type=float, default=1.0, metavar='P')
     p.add_argument('--min-p', type=float, default=0.0, metavar='P')
@@ -80,14 +81,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
                    help=f'end when a rank takes no step for so long (default: {STALL_SECONDS:.0f})')
     p.add_argument('--lease-timeout', type=seconds, default=20.0, metavar='TIME',
                    help='another writer of the output that shows no life for so long is taken for dead (default: 20)')
+    p.add_argument('--arrays', metavar='FILE', help='in the end also the numbers of all results, HDF5')
     p.add_argument('--report', metavar='FILE', help='figures of the run, JSON (default: OUTPUT.report.json)')
     options = p.parse_args(argv)
     for name in ('replicas', 'max_sequences', 'threads'):
         value = getattr(options, name)
         if value is not None and value < 1:
             p.error(f'--{name.replace("_", "-")} is {value}; expected at least 1')
-    if len({os.path.realpath(f) for f in (options.input, options.output, options.report or options.output + '.report.json')}) < 3:
-        p.error('--input, --output and --report must be different files')
+    options.report = options.report or options.output + '.report.json'
+    files = [f for f in (options.input, options.output, options.report, options.arrays) if f is not None]
+    if len(set(map(os.path.realpath, files))) < len(files):
+        p.error('--input, --output, --report and --arrays must be different files')
     return options
 
 
@@ -137,6 +141,7 @@ def open_files(s: session.Session, options: argparse.Namespace):
             if line is not None:
                 lines.mark_done(line)
                 results.forget(line)
+        Path(options.report).unlink(missing_ok=True)  # of an earlier run
     except BaseException:
         results.close(complete=False)
         raise
@@ -159,11 +164,12 @@ def load(s: session.Session, options: argparse.Namespace):
 def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, group) -> int:
     """Blocks of the cache, equal on all ranks of a replica: what the memory given holds, and no more than can be used."""
     from tpmpi.kv_cache import block_bytes, ring_positions
-    from tpmpi.memory import free_bytes, kv_bytes_per_rank
+    from tpmpi.memory import free_bytes, kv_bytes_per_rank, resident_bytes
     engine, config = llm.engine, llm.config
     run, model = engine.run, engine.model
     s.comm.exchange(None)  # all have loaded: what is free now is free
-    given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, s.local_size, free_bytes()))
+    resident = sum(s.comm.exchange_on_node(resident_bytes())[1])
+    given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, s.local_size, free_bytes(resident=resident)))
     each = block_bytes(config, model.shard, run.block, engine.ops, run.kv_dtype)
     longest = max(config.max_positions, options.context or 0)
     most = options.max_sequences * -(-ring_positions(longest, model.window, run.chunk) // run.block)
@@ -189,12 +195,14 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     try:
         return run(s, options, defaults, files, start, began)
     finally:
-        if files is not None:  # an error: what is finished is safe, and the next run finds the output free
+        if files is not None:  # after an error, too: what is finished is safe, and the next run finds the output free
             files[1].close(complete=False)
+            files[0].close()
 
 
 def run(s: session.Session, options: argparse.Namespace, defaults, files, start: float, began: float) -> int:
     """The batch, from loading the model to the report."""
+    from tpmpi.arrays import numbers_of, write_arrays
     from tpmpi.comm import Mail
     from tpmpi.dispatch import Queue, Replica, follow, lead_all, lead_replica
     from tpmpi.progress import Energy, Progress
@@ -242,17 +250,20 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
     figures = s.comm.exchange(rank_figures(s, engine, energy))
     error, complete = None, False
     if first:
+        s.watch.expect_steps(float('inf'))
         complete = queue.error is None and lines.remaining == 0
         try:
+            if complete and options.arrays is not None:
+                results.flush()
+                write_arrays(Path(options.arrays), filter(None, map(numbers_of, results.existing())))
             results.close(complete)
         except (ValueError, OSError) as e:
-            queue.error = queue.error or e
+            queue.error, complete = queue.error or e, False
         error = queue.error
         progress.close()
     s.comm.agree(error)
     if first:
         report(s, options, queue, figures, complete, before, total, loaded - start, perf_counter() - loaded, began)
-    s.watch.expect_steps(float('inf'))
     return s.comm.share(0 if complete else STOPPED)
 
 
@@ -278,7 +289,7 @@ def report(s, options, queue, figures: list[dict], complete: bool, before: int, 
         return round(sum(known), 1) if known else None
 
     rate = queue.tokens / run_seconds if run_seconds else 0.0
-    write_report(Path(options.report or options.output + '.report.json'), {
+    write_report(Path(options.report), {
         'complete': complete, 'requests': total, 'done': queue.finished, 'failed': queue.failed, 'skipped': before,
         'tokens': queue.tokens, 'prompt_tokens': queue.prompt_tokens, 'tokens_per_s': round(rate, 2),
         'began': time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(began)),

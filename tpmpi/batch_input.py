@@ -60,6 +60,12 @@ class InputFile:
         if self._file is not None:
             self._file.close()
 
+    def __enter__(self) -> InputFile:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
     def count(self) -> int:
         """Lines that are requests: not empty."""
         return len(self._flags) - self._flags.count(EMPTY)

@@ -240,8 +240,8 @@ class Engine:
         self._keep_embeddings(hidden, last_rows)
         drawn = [(row, number) for row, number in last_rows if self.running[number].params.max_new_tokens]
         if drawn:
-            start = perf_counter()
             local = self.device.to_host(logits(hidden[[row for row, _ in drawn]], self.model, self.ops))  # [rows, vocab/n]
+            start = perf_counter()
             draws = [Draw(s.params, s.noise, s.tokens) for s in (self.running[number] for _, number in drawn)]
             choices = self.sampler.choose(local, draws)
             for (_, number), choice in zip(drawn, choices or (), strict=False):  # rank 0

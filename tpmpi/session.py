@@ -57,7 +57,7 @@ class Session:
           and their exit code; at the second SIGINT it kills them, and SIGUSR2 and SIGHUP kill mpirun and the ranks.
         - Open MPI's mpirun (5.0) passes SIGUSR1 and SIGUSR2 on and waits.  After SIGTERM or SIGINT it kills the ranks
           within half a second, which no rank can prevent and no option delays: send it SIGUSR1.
-        - Slurm's `scancel --signal`, `sbatch --signal` and the end of the time limit reach all ranks of a step.
+        - Slurm's `scancel --signal`, `sbatch --signal` and the end of the time limit reach all ranks of a step (sbatch(1)).
         """
         interrupts = itertools.count()
 

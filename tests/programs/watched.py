@@ -92,7 +92,7 @@ def main() -> None:
             if options.misled == world.rank:
                 items[0] = (1, *items[0][1:])
         elif options.hosts and items[-1] is not None:
-            items = [(f'host{rank}', rank) for rank in range(world.size)]
+            items = [(f'host{rank}', (str(rank),)) for rank in range(world.size)]
         return items
 
     def abort():
