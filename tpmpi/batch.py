@@ -7,6 +7,7 @@ earlier one ended, however that ended.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -110,11 +111,14 @@ def defaults_of(options: argparse.Namespace):
 
 def facts_of(options: argparse.Namespace, model: Path, lines) -> dict:
     """What decides the text of the results: an output is only continued with the same."""
-    with open(model, 'rb') as f:
-        size = os.fstat(f.fileno()).st_size
-        digest = blake2b(f.read(MODEL_SAMPLE), digest_size=16)
-        f.seek(max(0, size - MODEL_SAMPLE))
-        digest.update(f.read())
+    try:
+        with open(model, 'rb') as f:
+            size = os.fstat(f.fileno()).st_size
+            digest = blake2b(f.read(MODEL_SAMPLE), digest_size=16)
+            f.seek(max(0, size - MODEL_SAMPLE))
+            digest.update(f.read())
+    except OSError as e:
+        raise ConfigError(f'{model}: {e.strerror}') from None
     names = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'seed', 'stop', 'ignore_eos', 'logprobs',
              'prompt_logprobs', 'embeddings', 'context', 'kv', 'weights', 'activations')
     return {'input': lines.facts, 'model': {'bytes': size, 'blake2b': digest.hexdigest()},
@@ -130,11 +134,12 @@ def open_files(s: session.Session, options: argparse.Namespace):
     from tpmpi.batch_format import record_key
     from tpmpi.batch_input import InputFile
     from tpmpi.results import Results
-    lines = InputFile(Path(options.input))
-    facts = facts_of(options, api.bundled_model() if options.model is None else Path(options.model), lines)
-    results = Results(Path(options.output), facts, same=lambda former, _: lines.changed(former),
-                      stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout)
-    try:
+    with contextlib.ExitStack() as unless_opened:
+        lines = unless_opened.enter_context(InputFile(Path(options.input)))
+        facts = facts_of(options, api.bundled_model() if options.model is None else Path(options.model), lines)
+        results = Results(Path(options.output), facts, same=lambda former, _: lines.changed(former),
+                          stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout)
+        unless_opened.callback(results.close, complete=False)
         for record in results.existing():
             kind, key = record_key(record)
             line = key if kind == 'line' else lines.find(key)
@@ -142,9 +147,7 @@ def open_files(s: session.Session, options: argparse.Namespace):
                 lines.mark_done(line)
                 results.forget(line)
         Path(options.report).unlink(missing_ok=True)  # of an earlier run
-    except BaseException:
-        results.close(complete=False)
-        raise
+        unless_opened.pop_all()
     return lines, results
 
 
