@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ranks import PROGRAMS, command, environment
 
+STOPPED = 75  # exit code of a batch that can go on
+
 
 class Job:
     """`mpirun -n SIZE python -m tpmpi.batch ARGUMENTS`, with the process ids of its ranks.  Ends with its `with` block."""

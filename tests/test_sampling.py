@@ -185,6 +185,23 @@ def test_many_rows_at_once_are_each_row_alone(data, ranks):
                         for row, draw in zip(logits, draws, strict=True)]
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 5), size=st.integers(1, 60), ranks=st.integers(1, 4), data=st.data())
+def test_the_short_way_for_the_most_probable_tokens_is_the_long_one(rows, size, ranks, data):
+    """Few different values, so that there are ties; one request that asks for more sends all the long way."""
+    logits = np.array(data.draw(st.lists(st.integers(-2, 2), min_size=rows * size, max_size=rows * size)), np.float32)
+    logits = logits.reshape(rows, size)
+
+    def work(comm, logprobs):
+        vocab = vocab_of(size, ranks, comm.rank)
+        draws = [Draw(SamplingParams(logprobs=logprobs), 0, [])] * rows
+        return Sampler(vocab, size, ops, comm).choose(logits[:, vocab.start:vocab.stop], draws)
+
+    short, long = (on_threads(ranks, lambda comm: work(comm, logprobs))[0] for logprobs in (0, 1))  # noqa: B023
+    assert [c.token for c in short] == [c.token for c in long] == logits.argmax(axis=1).tolist()
+    assert [c.logprob for c in short] == pytest.approx([c.logprob for c in long])
+
+
 def test_logits_that_are_not_numbers_are_an_error():
     with pytest.raises(ArithmeticError, match='not finite'):
         choose([1.0, math.nan], SamplingParams(), 1)

@@ -22,11 +22,13 @@ from tpmpi.batch_format import (
     parse_line,
     result_record,
 )
+from tpmpi.config import ConfigError
 from tpmpi.engine import Engine, Request
 
 DEFAULT_NEW_TOKENS, COMPLETION_TOKENS = 128, 16  # of a line that does not say; the latter is OpenAI's for completions
 REPORT_SECONDS = 0.3  # between two reports with nothing but tokens for the journal
 IDLE_SECONDS = 2e-3
+TEXT_SAMPLE = 16  # characters for each token of the model's length: what is looked at of a text that is longer
 AHEAD = 4  # requests that a replica takes before it has room, so that none of its steps is empty
 
 
@@ -174,6 +176,8 @@ class Replica:
     def _request(self, asked: BatchRequest, line: int) -> Request:
         from tpmpi.sampling import SamplingParams
         tokenizer, config = self.engine.tokenizer, self.engine.model.config
+        for text in [m['content'] for m in asked.messages or ()] + [asked.prompt] * isinstance(asked.prompt, str):
+            self._refuse_too_long(text)
         if asked.messages is not None:
             tokens = tokenizer.apply_chat_template(asked.messages)
         else:
@@ -187,6 +191,15 @@ class Replica:
                 params['max_new_tokens'] = 0
         params['embedding'] = asked.embedding
         return self.engine.request(tokens, SamplingParams(**params), 0 if asked.own_seed else line)
+
+    def _refuse_too_long(self, text: str) -> None:
+        """Raises ConfigError for a text that surely cannot fit, by its beginning: to tokenize 10 MB takes 10 s and 2 GB."""
+        most = self.engine.model.config.max_positions
+        sample = text[:TEXT_SAMPLE * most]
+        if len(sample) < len(text) and self.engine.run.context is None:
+            if (count := len(self.engine.tokenizer.encode(sample))) > 2 * most:
+                raise ConfigError(f'the first {len(sample)} of {len(text)} characters are {count} tokens; the model was '
+                                  f'trained for {most}: shorten them, or let old ones roll off with --context {most}')
 
     def step(self) -> None:
         """One step of the engine, and what it has finished."""

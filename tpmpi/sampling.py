@@ -115,6 +115,11 @@ class Draw(NamedTuple):
         return (self.params.top_k or FIRST_CANDIDATES) if self.params.filtered else 1
 
     @property
+    def plain(self) -> bool:
+        """The most probable token, and nothing else is asked."""
+        return not self.params.temperature and not self.params.logprobs and self.params.repetition_penalty == 1
+
+    @property
     def open(self) -> bool:
         """More candidates may be asked for."""
         return self.params.filtered and not self.params.top_k
@@ -132,6 +137,8 @@ class Sampler:
         One gather, and another one only where top-p or min-p without top-k want more candidates.
         """
         totals = self.ops.log_sum_exp(logits)  # [rows]
+        if all(draw.plain for draw in draws):
+            return self._most_probable(logits, totals)
         chosen: list[Choice | None] = [None] * len(draws)
         rows, counts = list(range(len(draws))), [draw.candidates for draw in draws]
         while rows:
@@ -151,6 +158,22 @@ class Sampler:
                 for i in rows:
                     counts[i] *= MORE_CANDIDATES
         return chosen if self.comm.rank == 0 else None
+
+    def _most_probable(self, logits: np.ndarray, totals: np.ndarray) -> list[Choice] | None:
+        """What the general way gives for draws that are plain, all rows at once."""
+        message = np.full((len(logits), 3), -np.inf)  # log-sum-exp, largest logit, its id
+        message[:, 0] = totals
+        if len(self.vocab):
+            best = logits.argmax(axis=1)
+            message[:, 1], message[:, 2] = logits[np.arange(len(logits)), best], best + self.vocab.start
+        gathered = np.empty((self.comm.size, *message.shape)) if self.comm.rank == 0 else None
+        self.comm.gather(message, gathered)
+        if gathered is None:
+            return None
+        _check_finite(gathered[:, :, 0])
+        total, rank = np.logaddexp.reduce(gathered[:, :, 0]), gathered[:, :, 1].argmax(axis=0)  # equal ones: the lower id
+        _, logit, token = gathered[rank, np.arange(len(logits))].T
+        return [Choice(int(t), float(x)) for t, x in zip(token, logit - total, strict=True)]
 
     def _candidates(self, logits, total, draw: Draw, count: int) -> np.ndarray:
         """This rank's best: rows of (id, logit, scaled, noise), best first, after a row of the log-sum-exps of all."""
@@ -173,10 +196,14 @@ class Sampler:
         return message
 
 
+def _check_finite(totals: np.ndarray) -> None:
+    if not (totals < np.inf).all():
+        raise ArithmeticError('the logits are not finite: the weights are damaged, or overflow float32')
+
+
 def _decide(gathered: np.ndarray, count: int, params: SamplingParams) -> Choice | None:
     """Rank 0: the choice among all ranks' candidates; None when they may not hold the whole nucleus yet."""
-    if not (gathered[:, 0, 0] < np.inf).all():
-        raise ArithmeticError('the logits are not finite: the weights are damaged, or overflow float32')
+    _check_finite(gathered[:, 0, 0])
     total, total_scaled = np.logaddexp.reduce(gathered[:, 0, :2])
     rows = _by_value(gathered[:, 1:1 + count].reshape(-1, 4), 2)
     if params.filtered:
