@@ -17,12 +17,13 @@ from batches import STOPPED, Job, batch, records, write_lines
 from ranks import is_open_mpi
 
 INTERRUPTIONS = int(os.environ.get('TPMPI_INTERRUPTIONS', 8))
-SEED = int(os.environ.get('TPMPI_INTERRUPTIONS_SEED', 0)) or time.time_ns() % 1_000_000
+SEED = int(os.environ.get('TPMPI_INTERRUPTIONS_SEED', 0)) or random.SystemRandom().randrange(1, 1_000_000)
 PROMPTS = 200
-OPENINGS = ('And the LORD said unto', 'In those days', 'Blessed is', 'Then Peter', 'The words of', 'My son,', 'Woe unto', 'I will')
+OPENINGS = ('And the LORD said unto', 'In those days', 'Blessed is', 'Then Peter', 'The words of', 'My son,', 'Woe unto')
 NEAR = 1e-3  # two tokens whose log-probabilities differ by less may change places when sums are taken in another order
 KILLS = ('SIGKILL of a rank', 'SIGKILL of all', 'SIGSTOP of a rank')  # after which the last line may be torn
-KINDS = {'SIGKILL of a rank': 30, 'SIGKILL of all': 30, 'SIGTERM to the launcher': 18, 'SIGTERM to a rank': 18, 'SIGSTOP of a rank': 4}
+KINDS = {'SIGKILL of a rank': 30, 'SIGKILL of all': 30, 'SIGTERM to the launcher': 18, 'SIGTERM to a rank': 18,
+         'SIGSTOP of a rank': 4}  # and how often
 
 
 def strike(job: Job, kind: str, rng: random.Random) -> None:
