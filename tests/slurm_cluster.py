@@ -204,8 +204,13 @@ class Cluster:
 
     def power_on(self, name: str, seconds: float = 60):
         """Start a node that is off, and wait until it takes jobs."""
+        def started():
+            return self.run('scontrol', 'show', 'node', name).stdout.partition('SlurmdStartTime=')[2].split()[0]
+        before = started()  # the controller may not have noticed yet that it was off, and counts in seconds
+        time.sleep(1)
         self._start(name)
-        self._wait(lambda: self.state()[self.names.index(name)] in ('idle', 'mix', 'alloc'), f'power on {name}', seconds)
+        up = ('idle', 'mix', 'alloc')
+        self._wait(lambda: started() != before and self.state()[self.names.index(name)] in up, name, seconds)
 
     def state(self) -> list[str]:
         """The state of each node: idle, mix, alloc, comp, down; with a * where the node does not answer."""
@@ -270,15 +275,16 @@ class Cluster:
     def requeue(self, number: str, seconds: float = 60) -> dict[str, str]:
         """scontrol requeue, and wait until the job runs again.
 
-        Slurm holds it back for the life of a credential (`cred_expire`, 5 s here, 120 by default); this does not wait.
+        Slurm holds it back for the life of a credential (`cred_expire`, 5 s here, 120 by default); this waits for 2 s only.
         """
         before = int(self.job(number)['Restarts'])
         self.run('scontrol', 'requeue', number)
-        deadline = time.monotonic() + seconds
+        # a node refuses a start in the second of the requeue, or before: 'Job credential revoked'
+        start = time.monotonic()
         while (job := self.job(number))['JobState'] != 'RUNNING' or int(job['Restarts']) == before:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f'job {number} is {job["JobState"]} ({job.get("Reason")}) {seconds} s after its requeue')
-            if job['JobState'] == 'PENDING' and job['Reason'] == 'BeginTime':
+            if time.monotonic() > start + seconds or job['JobState'] not in UNFINISHED:
+                raise TimeoutError(f'job {number} is {job["JobState"]} ({job.get("Reason")}), not RUNNING, after its requeue')
+            if job['JobState'] == 'PENDING' and job['Reason'] == 'BeginTime' and time.monotonic() > start + 2:
                 self.run('scontrol', 'update', f'JobId={number}', 'StartTime=now', check=False)  # it may just have started
             time.sleep(0.2)
         return job

@@ -191,6 +191,7 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
     ({'--input': 'nowhere.jsonl'}, r'nowhere\.jsonl cannot be read: No such file'), ({'--input': '.'}, r'\. is no regular file'),
     ({'--output': 'nowhere/out.jsonl'}, 'there is no folder nowhere'), ({'--output': '.'}, r'no regular file; choose another'),
     ({'--model': 'nowhere.h5'}, r'^tpmpi: nowhere\.h5: No such file'), ({'--replicas': 3}, '--replicas is 3 with 2 ranks'),
+    ({'--report': 'nowhere/r.json'}, '--report is nowhere/r.json, and there is no folder nowhere'),
     ({'--kv-memory': '1K'}, 'one block of 64 positions takes'), ({'--top-p': 2}, 'top_p is 2.0'),
 ])
 def test_what_cannot_work_is_one_line(nine_heads, tmp_path, changes, message):

@@ -44,9 +44,12 @@ def check_complete(work, output='out.jsonl', prefix='in'):
 
 def run_again(cluster, number, restarts=1, seconds=60):  # noqa: F811
     """Wait until a job that is queued again runs, without the pause that Slurm makes before it."""
-    deadline = time.monotonic() + seconds
+    deadline, queued = time.monotonic() + seconds, None
     while int((job := cluster.job(number))['Restarts']) < restarts or job['JobState'] == 'PENDING':
-        if job['JobState'] == 'PENDING' and job['Reason'] == 'BeginTime':
+        if job['JobState'] == 'PENDING' and queued is None:
+            queued = time.monotonic()
+        # a node refuses a start in the second of the requeue: 'Job credential revoked'
+        if job['JobState'] == 'PENDING' and job['Reason'] == 'BeginTime' and time.monotonic() > queued + 2:
             cluster.run('scontrol', 'update', f'JobId={number}', 'StartTime=now', check=False)
         assert time.monotonic() < deadline, job
         time.sleep(0.2)

@@ -140,6 +140,9 @@ def open_files(s: session.Session, options: argparse.Namespace):
         results = Results(Path(options.output), facts, same=lambda former, _: lines.changed(former),
                           stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout)
         unless_opened.callback(results.close, complete=False)
+        for name, path in (('report', options.report), ('arrays', options.arrays)):  # said before the work, not after it
+            if path is not None and not Path(path).parent.is_dir():
+                raise ConfigError(f'--{name} is {path}, and there is no folder {Path(path).parent}; make it, or choose another')
         for record in results.existing():
             kind, key = record_key(record)
             line = key if kind == 'line' else lines.find(key)
@@ -265,8 +268,11 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
         error = queue.error
         progress.close()
     s.comm.agree(error)
-    if first:
-        report(s, options, queue, figures, complete, before, total, loaded - start, perf_counter() - loaded, began)
+
+    def tell():
+        if first:
+            report(s, options, queue, figures, complete, before, total, loaded - start, perf_counter() - loaded, began)
+    s.agreed(tell)
     return s.comm.share(0 if complete else STOPPED)
 
 
