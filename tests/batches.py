@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ranks import PROGRAMS, command, environment
+from ranks import PROGRAMS, alive, command, environment
 
 STOPPED = 75  # exit code of a batch that can go on
 
@@ -86,14 +86,6 @@ class Job:
             time.sleep(0.01)
         assert 'Traceback' not in self.said, self.said
         return code
-
-
-def alive(pid: int) -> bool:
-    """It is there and no zombie."""
-    try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError:
-        return False
 
 
 def batch(size: int, *arguments, code: int = 0) -> str:

@@ -68,6 +68,14 @@ def run_program(name: str, size: int, *arguments, timeout: float = 120):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def alive(pid: int) -> bool:
+    """A process is there and no zombie."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
 class ThreadCommunicator:
     """The communicator's numeric calls between threads of one process."""
 

@@ -76,16 +76,6 @@ def test_a_ring_has_room_for_what_a_chunk_still_needs(total, window, chunk):
         assert last - oldest < room or room == total
 
 
-def test_blocks_are_given_once_and_come_back():
-    cache = KVCache(tiny.NINE_HEADS, shard(tiny.NINE_HEADS, 0, 2), 6, 8, ops)
-    first, second = cache.allocate(17), cache.allocate(24)
-    assert set(first.blocks) & set(second.blocks) == set() and len(first.blocks) == 3
-    with pytest.raises(ValueError, match='0 free blocks of 8 positions; 1 are needed'):
-        cache.allocate(1)
-    cache.release(first)
-    assert len(cache.allocate(24).blocks) == 3
-
-
 @pytest.mark.parametrize('size', [1, 2, 5, 12])
 def test_a_rank_caches_its_own_kv_heads_only(size):
     config = tiny.NINE_HEADS

@@ -16,7 +16,7 @@ from ranks import on_threads, run_program
 from tpmpi.checkpoint import CheckpointReader
 from tpmpi.config import ModelConfig
 from tpmpi.kernels import reference as ops
-from tpmpi.kv_cache import KVCache
+from tpmpi.kv_cache import KVCache, Ring
 from tpmpi.model import Step, forward, load_model, logits
 from tpmpi.sharding import shard
 
@@ -128,8 +128,9 @@ def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size
     def work(comm):
         with CheckpointReader(path) as reader:
             model = load_model(reader, shard(config, comm.rank, comm.size), ops)
-        cache = KVCache(config, model.shard, 2 * -(-sum(lengths) // 3), 3, ops)
-        rings, start, parts = [cache.allocate(sum(lengths)) for _ in range(2)], 0, []
+        each = -(-sum(lengths) // 3)
+        cache = KVCache(config, model.shard, 2 * each, 3, ops)
+        rings, start, parts = [Ring(np.arange(i, 2 * each, 2), 3) for i in range(2)], 0, []  # every other block
         for count in lengths:
             tokens = np.concatenate([r[start:start + count] for r in requests])
             segments = tuple(ring.segment(i * count, start, count) for i, ring in enumerate(rings))

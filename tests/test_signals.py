@@ -12,20 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import PROGRAMS, command, environment, is_open_mpi
+from ranks import PROGRAMS, alive, command, environment, is_open_mpi
 
 from tpmpi import watch as watches
 
 HOST = socket.gethostname()
 STOPPED = 75
-
-
-def alive(pid: int) -> bool:
-    """It is there and no zombie."""
-    try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError:
-        return False
 
 
 class Run:

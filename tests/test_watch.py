@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import alive
 
 from tpmpi import watch as watches
 
@@ -42,13 +43,6 @@ def mpirun() -> str:
     if not found:
         pytest.skip('no mpirun beside this Python or in PATH')
     return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError:
-        return False
 
 
 class Run:

@@ -194,10 +194,10 @@ def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, 
 
 def body(s: session.Session, options: argparse.Namespace) -> int:
     """Open, load, run, report; returns the exit code, on every rank alike."""
+    s.stop_on_signals()
     start, began = perf_counter(), time.time()
     defaults = s.agreed(defaults_of, options)
     files = s.agreed(open_files, s, options)
-    s.stop_on_signals()
     try:
         return run(s, options, defaults, files, start, began)
     finally:
@@ -208,25 +208,39 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
 
 def run(s: session.Session, options: argparse.Namespace, defaults, files, start: float, began: float) -> int:
     """The batch, from loading the model to the report."""
-    from tpmpi.arrays import numbers_of, write_arrays
-    from tpmpi.comm import Mail
-    from tpmpi.dispatch import Queue, Replica, follow, lead_all, lead_replica
-    from tpmpi.progress import Energy, Progress
+    from tpmpi.dispatch import Queue
+    from tpmpi.progress import Energy
     llm, group, number = load(s, options)
-    engine, first = llm.engine, s.comm.rank == 0
     blocks = cache_blocks(s, options, llm, group)
-    s.agreed(engine.allocate, blocks, options.max_sequences)
-    leaders = s.comm.split(0 if group.rank == 0 else 1)
+    s.agreed(llm.engine.allocate, blocks, options.max_sequences)
     energy = Energy() if s.local_rank == 0 else None
-    limit = float('inf') if options.time_limit is None else start + options.time_limit
-    if first:
-        lines, results = files
-        total, before = lines.count(), lines.count() - lines.remaining
+    queue = None
+    if s.comm.rank == 0:
+        limit = float('inf') if options.time_limit is None else start + options.time_limit
+        queue = Queue(*files, options.replicas, lambda: s.watch.stop_requested or perf_counter() > limit)
         log.info('%s: %d requests, %d done before; %d replica%s on %d rank%s, %d blocks of %d positions in the cache of each',
-                 options.input, total, before, options.replicas, 's' * (options.replicas > 1), s.comm.size,
-                 's' * (s.comm.size > 1), blocks, engine.run.block)
-        queue = Queue(lines, results, options.replicas, lambda: s.watch.stop_requested or perf_counter() > limit)
-        progress = Progress(total, before)
+                 options.input, queue.total, queue.before, options.replicas, 's' * (options.replicas > 1), s.comm.size,
+                 's' * (s.comm.size > 1), blocks, llm.engine.run.block)
+    loaded = perf_counter()
+    compute(s, options, defaults, llm.engine, group, number, queue, energy)
+    figures = s.comm.exchange(rank_figures(s, llm.engine, energy))
+
+    def conclude() -> bool:
+        if queue is None:
+            return True
+        complete = close_files(options, queue, *files)
+        report(s, options, queue, figures, complete, loaded - start, perf_counter() - loaded, began)
+        return complete
+    return 0 if s.comm.share(s.agreed(conclude)) else STOPPED
+
+
+def compute(s: session.Session, options: argparse.Namespace, defaults, engine, group, number: int, queue, energy) -> None:
+    """All requests, until none is left or the run is to stop.  queue: on rank 0; energy: on the first rank of a node."""
+    from tpmpi.comm import Mail
+    from tpmpi.dispatch import Replica, follow, lead_all, lead_replica
+    from tpmpi.progress import Progress
+    leaders = s.comm.split(0 if group.rank == 0 else 1)
+    progress = None if queue is None else Progress(queue.total, queue.before)
     beats = 0
 
     def beat():
@@ -235,45 +249,40 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
         s.watch.step(engine.steps)
         if energy is not None and beats % 1000 == 0:
             energy.poll()
-        if first:
-            progress.update(before + queue.finished + queue.failed, queue.tokens, sum(queue.held), queue.left)
+        if progress is not None:
+            progress.update(queue.before + queue.finished + queue.failed, queue.tokens, sum(queue.held), queue.left)
 
     s.watch.where = lambda: (number, group.entered)
     group.while_waiting = s.comm.while_waiting = lambda: s.watch.step(engine.steps)
-    if first:
+    if s.comm.rank == 0:
         s.watch.expect_steps(options.stall_timeout)
-    loaded = perf_counter()
     if group.rank == 0:
         mail = Mail(leaders)
         replica = Replica(engine, defaults, Path(options.model or 'bundled').stem, options.max_sequences)
-        if first:
+        if queue is not None:
             lead_all(queue, replica, mail, beat)
         else:
             lead_replica(replica, mail, beat)
         mail.close()
     else:
         follow(engine, beat)
-    figures = s.comm.exchange(rank_figures(s, engine, energy))
-    error, complete = None, False
-    if first:
+    s.comm.exchange(None)  # all have ended: nobody takes steps from here on
+    if progress is not None:
         s.watch.expect_steps(float('inf'))
-        complete = queue.error is None and lines.remaining == 0
-        try:
-            if complete and options.arrays is not None:
-                results.flush()
-                write_arrays(Path(options.arrays), filter(None, map(numbers_of, results.existing())))
-            results.close(complete)
-        except (ValueError, OSError) as e:
-            queue.error, complete = queue.error or e, False
-        error = queue.error
         progress.close()
-    s.comm.agree(error)
 
-    def tell():
-        if first:
-            report(s, options, queue, figures, complete, before, total, loaded - start, perf_counter() - loaded, began)
-    s.agreed(tell)
-    return s.comm.share(0 if complete else STOPPED)
+
+def close_files(options: argparse.Namespace, queue, lines, results) -> bool:
+    """Rank 0: everything on disk; returns whether the batch is complete.  Raises the error that stopped it."""
+    from tpmpi.arrays import numbers_of, write_arrays
+    if queue.error is not None:
+        raise queue.error
+    complete = lines.remaining == 0
+    if complete and options.arrays is not None:
+        results.flush()
+        write_arrays(Path(options.arrays), filter(None, map(numbers_of, results.existing())))
+    results.close(complete)
+    return complete
 
 
 def rank_figures(s: session.Session, engine, energy) -> dict:
@@ -287,7 +296,7 @@ def rank_figures(s: session.Session, engine, energy) -> dict:
             'preemptions': engine.scheduler.preemptions if engine.scheduler else 0}
 
 
-def report(s, options, queue, figures: list[dict], complete: bool, before: int, total: int, load_seconds: float,
+def report(s: session.Session, options: argparse.Namespace, queue, figures: list[dict], complete: bool, load_seconds: float,
            run_seconds: float, began: float) -> None:
     """The report's file and the closing line."""
     from tpmpi.progress import node_list, write_report
@@ -299,7 +308,8 @@ def report(s, options, queue, figures: list[dict], complete: bool, before: int, 
 
     rate = queue.tokens / run_seconds if run_seconds else 0.0
     write_report(Path(options.report), {
-        'complete': complete, 'requests': total, 'done': queue.finished, 'failed': queue.failed, 'skipped': before,
+        'complete': complete, 'requests': queue.total, 'done': queue.finished, 'failed': queue.failed,
+        'skipped': queue.before,
         'tokens': queue.tokens, 'prompt_tokens': queue.prompt_tokens, 'tokens_per_s': round(rate, 2),
         'began': time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(began)),
         'load_seconds': round(load_seconds, 3), 'run_seconds': round(run_seconds, 3),
@@ -310,8 +320,8 @@ def report(s, options, queue, figures: list[dict], complete: bool, before: int, 
         'job': {name: os.environ[name] for name in ('SLURM_JOB_ID', 'SLURM_ARRAY_JOB_ID', 'SLURM_ARRAY_TASK_ID',
                                                     'SLURM_RESTART_COUNT') if name in os.environ},
         'tpmpi': tpmpi.__version__})
-    left = total - before - queue.finished - queue.failed
-    counts = f'{queue.finished} done, {queue.failed} failed, {before} skipped'
+    left = queue.total - queue.before - queue.finished - queue.failed
+    counts = f'{queue.finished} done, {queue.failed} failed, {queue.before} skipped'
     if complete:
         log.info('done: %s; %.1f tokens/s', counts, rate)
     else:

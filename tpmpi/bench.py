@@ -80,14 +80,14 @@ class Batch:
     def __init__(self, engine, size: int, prompt_tokens: int, new_tokens: int):
         import numpy as np
 
-        from tpmpi.kv_cache import KVCache, ring_positions
+        from tpmpi.kv_cache import KVCache, Ring, ring_positions
         model, run = engine.model, engine.run
         self.prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (size, prompt_tokens))
         self.new_tokens = new_tokens
         positions = ring_positions(prompt_tokens + new_tokens, model.window, run.chunk)
-        blocks = size * -(-positions // run.block)
-        self.cache = KVCache(model.config, model.shard, blocks, run.block, engine.ops, run.kv_dtype, engine.device.xp)
-        self.rings = [self.cache.allocate(positions) for _ in range(size)]
+        each = -(-positions // run.block)  # blocks
+        self.cache = KVCache(model.config, model.shard, size * each, run.block, engine.ops, run.kv_dtype, engine.device.xp)
+        self.rings = [Ring(np.arange(i * each, (i + 1) * each), run.block) for i in range(size)]
 
 
 def run_round(engine, batch: Batch) -> Round:

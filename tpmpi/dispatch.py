@@ -32,6 +32,16 @@ TEXT_SAMPLE = 16  # characters for each token of the model's length: what is loo
 AHEAD = 4  # requests that a replica takes before it has room, so that none of its steps is empty
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of the input on its way to a replica."""
+
+    number: int
+    data: bytes
+    tokens: list[int]  # that an earlier run has generated
+    repeats: int | None  # the earlier line that has its id
+
+
 @dataclass
 class Report:
     """What a replica tells the queue."""
@@ -49,7 +59,7 @@ class Report:
 class Answer:
     """What the queue tells a replica."""
 
-    lines: list[tuple[int, bytes, list[int]]] = field(default_factory=list)  # number, content, tokens that it has already
+    lines: list[Line] = field(default_factory=list)
     empty: bool = False  # no line will come any more
     stop: bool = False  # leave now
 
@@ -62,7 +72,9 @@ class Queue:
         self.pending = self._pending()
         self.next_line: int | None = None
         self.held = [0] * replicas  # requests that each replica has
+        self.total = lines.count()
         self.left = lines.remaining  # lines that nobody has yet
+        self.before = self.total - self.left  # lines that earlier runs have done
         self.here = set(range(replicas))  # replicas that will report again
         self.finished = self.failed = self.tokens = self.prompt_tokens = 0
         self.error: Exception | None = None
@@ -116,16 +128,12 @@ class Queue:
             answer.empty = self.next_line is None
         return answer
 
-    def _take(self) -> tuple[int, bytes, list[int]]:
-        line = self.next_line
-        data, tokens = self.lines.read(line), self.results.unfinished.pop(line, [])
-        earlier = self.lines.repeated(line)
+    def _take(self) -> Line:
+        number = self.next_line
+        line = Line(number, self.lines.read(number), self.results.unfinished.pop(number, []), self.lines.repeated(number))
         self.left -= 1
         self._advance()
-        return (line, data, tokens) if earlier is None else (line, REPEATED + str(earlier).encode() + b' ' + data, [])
-
-
-REPEATED = b'\0repeats '  # before a line whose id an earlier one has: no line of JSON begins so
+        return line
 
 
 class Replica:
@@ -145,33 +153,42 @@ class Replica:
         """There is something to compute."""
         return bool(self.requests)
 
+    @property
+    def over(self) -> bool:
+        """Nothing is left to do, or to tell before it leaves."""
+        return self.stopped or (self.empty and not self.busy and not self.unsent.finished)
+
+    def idle(self) -> None:
+        """Wait a little for mail."""
+        time.sleep(IDLE_SECONDS)
+        self.engine.seconds['waiting'] += IDLE_SECONDS
+
     def take(self, answer: Answer) -> None:
         """Begin what the queue has given."""
         self.empty, self.stopped = self.empty or answer.empty, self.stopped or answer.stop
-        for line, data, tokens in answer.lines:
-            self._begin(line, data, tokens)
+        for line in answer.lines:
+            self._begin(line)
 
-    def _begin(self, line: int, data: bytes, tokens: list[int]) -> None:
-        if data.startswith(REPEATED):
-            earlier, _, data = data[len(REPEATED):].partition(b' ')
-            style = 'openai' if b'"custom_id"' in data else 'plain'
-            self._fail(line, None, style, LineError(f'id {line_id(data)!r} is that of line {int(earlier)} already'))
+    def _begin(self, line: Line) -> None:
+        if line.repeats is not None:
+            style = 'openai' if b'"custom_id"' in line.data else 'plain'
+            self._fail(line.number, None, style, LineError(f'id {line_id(line.data)!r} is that of line {line.repeats} already'))
             return
         try:
-            asked = parse_line(data, line, self.defaults)
+            asked = parse_line(line.data, line.number, self.defaults)
         except LineError as e:
-            self._fail(line, e.id, e.style, e)
+            self._fail(line.number, e.id, e.style, e)
             return
         try:
-            request = self._request(asked, line)
-            self.engine.add(request, tokens)
+            request = self._request(asked, line.number)
+            self.engine.add(request, line.tokens)
         except ValueError as e:
-            self._fail(line, asked.id, asked.style, e)
+            self._fail(line.number, asked.id, asked.style, e)
             return
-        self.requests[line] = asked, request
-        self.told[line] = len(request.tokens)
+        self.requests[line.number] = asked, request
+        self.told[line.number] = len(request.tokens)
         if request.finish_reason is not None:
-            self._finish(line)
+            self._finish(line.number)
 
     def _request(self, asked: BatchRequest, line: int) -> Request:
         from tpmpi.sampling import SamplingParams
@@ -266,7 +283,7 @@ def lead_all(queue: Queue, replica: Replica, mail, beat) -> None:
         if 0 in queue.here:
             if (report := replica.report()) is not None or queue.stopping:
                 replica.take(queue.answer(0, report or Report(held=len(replica.requests))))
-            if replica.stopped or (replica.empty and not replica.busy and not replica.unsent.finished):
+            if replica.over:
                 queue.answer(0, replica.report(leaving=True))
                 replica.engine.step(stop=True)
             elif replica.busy:
@@ -274,7 +291,7 @@ def lead_all(queue: Queue, replica: Replica, mail, beat) -> None:
             continue
         if not queue.here:
             return
-        time.sleep(IDLE_SECONDS)
+        replica.idle()
 
 
 def lead_replica(replica: Replica, mail, beat) -> None:
@@ -288,7 +305,7 @@ def lead_replica(replica: Replica, mail, beat) -> None:
             if leaving:
                 return
         if not waiting and not leaving:
-            leaving = replica.stopped or (replica.empty and not replica.busy and not replica.unsent.finished)
+            leaving = replica.over
             if (report := replica.report(leaving)) is not None:
                 mail.send(0, report)
                 waiting = True
@@ -297,7 +314,7 @@ def lead_replica(replica: Replica, mail, beat) -> None:
         if replica.busy and not leaving and not replica.stopped:
             replica.step()
         elif waiting:
-            time.sleep(IDLE_SECONDS)
+            replica.idle()
 
 
 def follow(engine: Engine, beat) -> None:

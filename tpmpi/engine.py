@@ -97,7 +97,7 @@ class Request:
     finish_reason: str | None = None  # stop, length or cancelled
     timing: Timing = field(default_factory=Timing)
     cancelled: Callable[[], bool] = lambda: False  # asked on rank 0 with each token
-    stream: TextStream | None = None
+    text_stream: TextStream | None = None
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Engine:
 
         Raises ConfigError when it could never fit in the cache.
         """
-        request.stream = TextStream(self.tokenizer, request.params.stop)
+        request.text_stream = TextStream(self.tokenizer, request.params.stop)
         for token in tokens:
             if request.finish_reason is None:
                 self._accept(request, token)
@@ -265,15 +265,15 @@ class Engine:
     def _accept(self, request: Request, token: int) -> None:
         """Rank 0: one token more of a request, its text, and whether it is the last."""
         params, cancelled = request.params, request.cancelled()
-        piece = request.stream.push(token)
+        piece = request.text_stream.push(token)
         request.tokens.append(token)
         if cancelled:
             request.finish_reason = 'cancelled'
-        elif request.stream.stopped or (token in self.tokenizer.eos_token_ids and not params.ignore_eos):
+        elif request.text_stream.stopped or (token in self.tokenizer.eos_token_ids and not params.ignore_eos):
             request.finish_reason = 'stop'
         elif len(request.tokens) >= params.max_new_tokens:
             request.finish_reason = 'length'
-        request.text += piece + (request.stream.flush() if request.finish_reason else '')
+        request.text += piece + (request.text_stream.flush() if request.finish_reason else '')
 
     def _close(self, number: int) -> None:
         request, sequence = self.requests[number]

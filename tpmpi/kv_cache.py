@@ -102,33 +102,17 @@ class Ring:
 
 
 class KVCache:
-    """The pool of a rank for all layers, allocated once.
-
-    Raises ValueError when a ring is asked for that the free blocks cannot hold.
-    """
+    """The pool of a rank for all layers, allocated once.  Whose a block is, the scheduler knows."""
 
     def __init__(self, config: ModelConfig, shard: Shard, num_blocks: int, block: int, ops, kv_dtype: str = 'float32', xp=np):
         size = (len(shard.kv_heads), num_blocks * block, config.head_dim)
         self.layers = [LayerCache(*ops.new_cache(*size, kv_dtype, xp)) for _ in range(config.num_layers)]
         self.num_blocks, self.block = num_blocks, block
-        self.free = list(range(num_blocks))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pool on this rank."""
         return sum(array.nbytes for layer in self.layers for array in layer)
-
-    def allocate(self, positions: int) -> Ring:
-        """A ring with room for so many positions."""
-        count = -(-positions // self.block)
-        if count > len(self.free):
-            raise ValueError(f'the KV cache has {len(self.free)} free blocks of {self.block} positions; {count} are needed')
-        taken, self.free = self.free[:count], self.free[count:]
-        return Ring(np.array(taken, np.int64), self.block)
-
-    def release(self, ring: Ring) -> None:
-        """Give a ring's blocks back."""
-        self.free = sorted(self.free + ring.blocks.tolist())
 
     def copy_block(self, source: int, target: int) -> None:
         """Make one block hold what another one does; the kernels' layout keeps a block of whole panels together."""

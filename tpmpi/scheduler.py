@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from tpmpi.config import ConfigError
+from tpmpi.kv_cache import ring_positions
 from tpmpi.sampling import SamplingParams
 
 PARTIAL_CHOICES = 8  # blocks that are looked at for a beginning in common, where no whole block fits
@@ -119,16 +120,12 @@ class Sequence:
     tokens: list[int]  # prompt, then what was generated
     params: SamplingParams
     noise: int  # keys the random choices, together with the seed
+    prompt_tokens: int
     ring_blocks: int | None  # blocks of its ring, where old positions will be overwritten; None: it keeps all
-    total: int  # tokens at most
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
     shared: list[Block] = field(default_factory=list)  # the first of them, as far as they are in the tree
-    prompt_tokens: int = 0
     sent: int = 0  # tokens that all ranks know
-
-    def __post_init__(self):
-        self.prompt_tokens = self.prompt_tokens or len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -180,23 +177,19 @@ class Scheduler:
         self.shared_tokens = 0  # prompt tokens that need not be computed
         self.preemptions = 0
 
-    def ring_positions(self, total: int) -> int:
-        """Positions that a request of so many tokens needs in the cache at once."""
-        return total if self.window is None else min(total, self.window + min(self.chunk, total) - 1)
-
     def add(self, tokens: list[int], params: SamplingParams, noise: int, prompt_tokens: int = 0) -> Sequence:
         """Put a request in the queue.  Raises ConfigError when it could not run alone in the whole cache.
 
         tokens: of the prompt, and what an earlier run has generated; prompt_tokens: how many are the prompt's, 0 for all.
         """
         total = (prompt_tokens or len(tokens)) + params.max_new_tokens
-        positions = self.ring_positions(total)
+        positions = ring_positions(total, self.window, self.chunk)
         needed = -(-positions // self.block)
         if needed > self.pool.num_blocks:
             raise ConfigError(f'{total} tokens need {needed} blocks of {self.block} positions in the KV cache, which has '
                               f'{self.pool.num_blocks}: give it more memory (--kv-memory), or ask for fewer tokens')
-        sequence = Sequence(self.numbers, tokens, params, noise, needed if positions < total else None, total,
-                             prompt_tokens=prompt_tokens)
+        sequence = Sequence(self.numbers, tokens, params, noise, prompt_tokens or len(tokens),
+                            needed if positions < total else None)
         self.numbers += 1
         self.waiting.append(sequence)
         return sequence
