@@ -124,30 +124,45 @@ def test_against_a_model(tmp_path_factory, steps):
         patch.setattr(module, 'COMPACT_BYTES', 1)
         patch.setattr(module, 'COMPACT_FACTOR', 1.1)
         results = Results(output, FACTS, sync_seconds=0.001)
-        for number, (step, line, new) in enumerate([*steps, ('reopen', 0, [])]):
-            if step == 'progress':
-                results.progress(line, new)
-                live[line] = live.get(line, []) + new
-            elif step == 'anew' and new:
-                results.forget(line)
-                results.progress(line, new)
-                live[line] = new
-            elif step == 'finish':
-                results.finish(line, str(number))
-                live.pop(line, None)
-                finished.append(number)
-                results.flush()  # the line is used again below, which no batch does
-                results.forget(line)
-                results.progress(line, [number])
-                live[line] = [number]
-            elif step == 'flush':
-                results.flush()
-            elif step == 'reopen':
-                results.close(complete=False)
-                results = Results(output, FACTS, sync_seconds=0.001)
-                assert results.unfinished == {line: found for line, found in live.items() if found}
-                assert [int(line) for line in output.read_text().splitlines()] == finished
-        results.close(complete=False)
+        try:
+            for number, (step, line, new) in enumerate([*steps, ('reopen', 0, [])]):
+                if step == 'progress':
+                    results.progress(line, new)
+                    live[line] = live.get(line, []) + new
+                elif step == 'anew' and new:
+                    results.forget(line)
+                    results.progress(line, new)
+                    live[line] = new
+                elif step == 'finish':
+                    results.finish(line, str(number))
+                    live.pop(line, None)
+                    finished.append(number)
+                    results.flush()  # the line is used again below, which no batch does
+                    results.forget(line)
+                    results.progress(line, [number])
+                    live[line] = [number]
+                elif step == 'flush':
+                    results.flush()
+                elif step == 'reopen':
+                    results.close(complete=False)
+                    results = Results(output, FACTS, sync_seconds=0.001)
+                    assert results.unfinished == {line: found for line, found in live.items() if found}
+                    assert [int(line) for line in output.read_text().splitlines()] == finished
+        finally:  # a thread that stays would hinder all tests after this one
+            results.close(complete=False)
+
+
+def test_a_line_without_tokens_is_not_in_the_journal(tmp_path, monkeypatch):
+    """Also when the journal is rewritten, which it is here at each sync."""
+    monkeypatch.setattr(module, 'COMPACT_BYTES', 1)
+    monkeypatch.setattr(module, 'COMPACT_FACTOR', 0)
+    results = Results(tmp_path / 'out.jsonl', FACTS, sync_seconds=0.001)
+    results.progress(1, [])
+    results.progress(2, [5])
+    results.flush()
+    results.flush()  # both of them are there, and it is rewritten
+    results.close(complete=False)
+    assert opened(tmp_path / 'out.jsonl')[1] == {2: [5]}
 
 
 def test_what_does_not_fit_in_a_journal_is_left_out(tmp_path):

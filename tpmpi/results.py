@@ -287,7 +287,7 @@ class Results:
     def _entries(tokens: dict[int, array], saved: dict[int, int] | None = None) -> bytes:
         """The journal's lines for these tokens, which begin where the saved ones end."""
         return b''.join(b'{"line": %d, "from": %d, "tokens": %s}\n' % (
-            line, (saved or {}).get(line, 0), str(new.tolist()).encode()) for line, new in tokens.items())
+            line, (saved or {}).get(line, 0), str(new.tolist()).encode()) for line, new in tokens.items() if new)
 
     def _refusal(self, error: Exception) -> str:
         """What to say when a write failed."""
