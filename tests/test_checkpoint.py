@@ -167,33 +167,6 @@ def test_a_damaged_scale_is_found_too(tmp_path, part, row, message):
             reader.read_rows(name, range(64, 160), verify=True)
 
 
-def test_a_writer_that_fails_leaves_nothing_and_spares_what_was_there(tmp_path):
-    path = tmp_path / 'model.h5'
-    path.write_text('precious')
-    with pytest.raises(CheckpointError, match='29 tensors are missing'), \
-            CheckpointWriter(path, CONFIG, KINDS, TokenizerData(''), {}) as writer:
-        writer.write('embedding', encode(np.zeros((300, 36)), 'float32'))
-        assert len(tensor_specs(CONFIG)) == 30
-    assert [p.name for p in tmp_path.iterdir()] == ['model.h5'] and path.read_text() == 'precious'
-
-
-def test_a_wrong_shape_is_not_written(tmp_path):
-    with pytest.raises(CheckpointError, match=r'tensor embedding is \(2, 36\)'), \
-            CheckpointWriter(tmp_path / 'm.h5', CONFIG, KINDS, TokenizerData(''), {}) as writer:
-        writer.write('embedding', encode(np.zeros((2, 36)), 'float32'))
-
-
-def test_the_wrong_kind_or_axis_is_not_written(tmp_path):
-    kinds = dict.fromkeys(tensor_specs(tiny.GROUPS), 'float32') | {'layers/0/down': 'int8'}
-    square = np.zeros((160, 64), np.float32)
-    with pytest.raises(CheckpointError, match='expected int8 along axis 0'), \
-            CheckpointWriter(tmp_path / 'm.h5', tiny.GROUPS, kinds, TokenizerData(''), {}) as writer:
-        writer.write('layers/0/down', encode(square, 'int8', 1))
-    with pytest.raises(CheckpointError, match='tensor layers/0/attn_norm cannot be int8: a vector'):
-        CheckpointWriter(tmp_path / 'm.h5', tiny.GROUPS, kinds | {'layers/0/attn_norm': 'int8'}, TokenizerData(''), {})
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- files from elsewhere
 
 

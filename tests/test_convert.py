@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from ranks import environment
 from references import FOLDER
 
 from tpmpi.checkpoint import CheckpointReader
+from tpmpi.convert import convert
 from tpmpi.weights import decode
 
 pytest.importorskip('safetensors', reason='safetensors is not installed (the test extra has it)')
@@ -110,7 +117,7 @@ def change_config(**changes):
     (lambda f: (f / 'tokenizer.json').unlink(), 'tokenizer.json'),
     (change_config(architectures=['FooForCausalLM']), 'FooForCausalLM'),
     (change_config(attention_sinks=4), 'attention_sinks'),
-    (change_config(hidden_act='gelu_new'), 'hidden_act'),
+    (change_config(hidden_act='mish'), 'mish'),
     (change_config(num_hidden_layers=4), 'layers.3'),
     (change_config(intermediate_size=199), r'shape'),
 ])
@@ -145,3 +152,155 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         subprocess.run(['umount', disk], check=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert 'No space left on device while writing tensor' in done.stderr and left == []
+
+
+# ---- interruptions
+
+SLOW = '''
+import sys, time
+import numpy as np
+from tpmpi import checkpoint_writer, convert
+def slowly(path, dtype, count, offset):
+    with open(sys.argv[1], 'a') as file:
+        print(offset, file=file)
+    time.sleep(float(sys.argv[2]))
+    return fromfile(path, dtype=dtype, count=count, offset=offset)
+fromfile, np.fromfile, checkpoint_writer.SYNC_SECONDS = np.fromfile, slowly, 0
+sys.exit(convert.main(sys.argv[3:]))
+'''
+
+
+class Conversion:
+    """The command in a process of its own that waits before it reads a tensor, and notes where; every tensor is synced."""
+
+    def __init__(self, folder, *options, seconds=0.02, source=SOURCE):
+        self.out, self.reads = folder / 'model.h5', folder / 'reads'
+        self.part, self.journal = folder / '.model.h5.part', folder / '.model.h5.part.journal'
+        self.reads.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', SLOW, self.reads, str(seconds), source, self.out, *options], stderr=subprocess.PIPE,
+            text=True, env=environment())
+
+    def until(self, lines: int):
+        """Waits until the journal has so many lines, or the conversion ends; returns self."""
+        deadline = time.monotonic() + 60
+        while self.process.poll() is None and len(self.lines()) < lines:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return self
+
+    def lines(self) -> list[str]:
+        try:
+            return self.journal.read_text().split('\n')[:-1]
+        except FileNotFoundError:
+            return []
+
+    def end(self, number=None) -> tuple[int, list[str]]:
+        """The exit code and the lines of standard error, after a signal."""
+        if number is not None:
+            self.process.send_signal(number)
+        lines = self.process.communicate(timeout=60)[1].splitlines()
+        return self.process.returncode, [line.removeprefix('tpmpi.convert: ') for line in lines]
+
+    def offsets(self) -> set[int]:
+        """Where the source was read; each tensor at most once."""
+        found = self.reads.read_text().split() if self.reads.exists() else []
+        assert len(found) == len(set(found))
+        return set(map(int, found))
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """An uninterrupted conversion's bytes."""
+    out = tmp_path_factory.mktemp('whole') / 'model.h5'
+    assert run(SOURCE, out).returncode == 0
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_killed_at_any_time_it_goes_on_to_the_same_bytes(tmp_path, whole, seed):
+    """What the journal had is not read again; what a kill left of other tensors is overwritten."""
+    dice, read, done = random.Random(seed), [], 0
+    for _ in range(3):
+        run = Conversion(tmp_path, '--resume').until(done + dice.randint(0, 10))
+        time.sleep(dice.random() * 0.03)
+        assert run.end(signal.SIGKILL)[0] == -signal.SIGKILL
+        read.append(run.offsets())
+        done = len(run.lines())
+    last = Conversion(tmp_path, '--resume', seconds=0)
+    code, lines = last.end()
+    read.append(last.offsets())
+    assert code == 0 and (f'{done - 1} of 30 tensors were there already' in lines) == (done > 1), lines
+    assert (tmp_path / 'model.h5').read_bytes() == whole
+    assert len(set.union(*read)) == 30 and len(read[-1]) == 30 - max(0, done - 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['model.h5', 'reads']
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_says_how_to_go_on(tmp_path, whole, number):
+    run = Conversion(tmp_path, seconds=0.1).until(8)
+    code, lines = run.end(number)
+    done = len(set(run.lines())) - 1
+    assert (code, lines) == (75, [f'interrupted; {done} of 30 tensors are done, the same command with --resume does the rest'])
+    assert done >= 7 and not run.out.exists()
+    again = Conversion(tmp_path, '--resume', seconds=0)
+    assert again.end()[0] == 0 and again.out.read_bytes() == whole and len(again.offsets()) == 30 - done
+
+
+def touch(file):
+    def change(folder):
+        os.utime(folder / file, ns=(1, 1))
+    return change
+
+
+@pytest.mark.parametrize(('change', 'options', 'message'), [
+    (touch('model.safetensors'), [], 'model.safetensors changed from'),
+    (lambda folder: None, ['--weights', 'float32'], 'the kinds of the tensors (--weights) changed from'),
+    (lambda folder: change_config(eos_token_id=5)(folder), [], "the source's config.json sha256 changed from"),
+])
+def test_another_source_is_not_mixed_in(tmp_path, change, options, message):
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    killed = Conversion(tmp_path, source=tmp_path / 'source').until(5)
+    killed.end(signal.SIGKILL)
+    before = killed.journal.read_bytes(), killed.part.read_bytes()
+    change(tmp_path / 'source')
+    code, lines = Conversion(tmp_path, '--resume', *options, seconds=0, source=tmp_path / 'source').end()
+    assert code == 1 and len(lines) == 1 and f'cannot be resumed, {message}' in lines[0], lines
+    assert 'start over without --resume' in lines[0] and (killed.journal.read_bytes(), killed.part.read_bytes()) == before
+    fresh = Conversion(tmp_path, *options, seconds=0, source=tmp_path / 'source')
+    assert fresh.end()[0] == 0 and len(fresh.offsets()) == 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['model.h5', 'reads', 'source']
+
+
+def test_two_conversions_to_one_file(tmp_path, whole):
+    first = Conversion(tmp_path).until(3)
+    for options in ([], ['--resume']):
+        done = run(SOURCE, tmp_path / 'model.h5', *options)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'another process is writing' in done.stderr
+    assert first.process.poll() is None and first.end()[0] == 0 and first.out.read_bytes() == whole
+
+
+def test_every_byte_of_many_files_is_read_once(tmp_path, whole, monkeypatch):
+    """The tensors come in the order of the model; those of one file may lie anywhere in it."""
+    from safetensors.numpy import save_file
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    (tmp_path / 'source' / 'model.safetensors').unlink()
+    bits = source_bits()
+    weight_map = {name: f'part-{i % 3}.safetensors' for i, name in enumerate(bits)}
+    for file in set(weight_map.values()):
+        held = {name: b.astype(np.float32) for name, b in bits.items() if weight_map[name] == file}
+        save_file(held, tmp_path / 'source' / file)
+    (tmp_path / 'source' / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
+    reads, fromfile = defaultdict(list), np.fromfile
+
+    def noted(path, dtype, count, offset):
+        reads[Path(path).name].append((offset, offset + count * np.dtype(dtype).itemsize))
+        return fromfile(path, dtype=dtype, count=count, offset=offset)
+
+    monkeypatch.setattr(np, 'fromfile', noted)
+    convert(tmp_path / 'source', tmp_path / 'model.h5')
+    assert set(reads) == set(weight_map.values())
+    for file, ranges in reads.items():
+        data = (tmp_path / 'source' / file).read_bytes()
+        ends = [8 + int.from_bytes(data[:8], 'little'), *(stop for _, stop in sorted(ranges))]
+        assert [start for start, _ in sorted(ranges)] == ends[:-1] and ends[-1] == len(data)

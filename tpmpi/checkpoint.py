@@ -1,4 +1,4 @@
-"""The HDF5 model file: write a model once, read any rank's part of it as contiguous bytes.  See file_layout.py.
+"""The HDF5 model file: read any rank's part of it as contiguous bytes.  See file_layout.py, and checkpoint_writer.py.
 
 The file explains itself: `h5dump -H` prints each tensor's comment, type and shape.
 
@@ -13,16 +13,14 @@ import math
 import os
 import reprlib
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from tpmpi.checkpoint_writer import CheckpointWriter
 from tpmpi.config import ConfigError, ModelConfig, model_config_from_dict
 from tpmpi.file_layout import (
-    ABOUT,
-    ABOUT_VERSION_2,
     ALL_GROUP_PARTS,
     FILE_TYPES,
     FORMAT,
@@ -35,155 +33,13 @@ from tpmpi.file_layout import (
     crc32_blocks,
     group_attributes,
     group_members,
-    part_meaning,
     reason,
     tensor_parts,
 )
 from tpmpi.sharding import TensorSpec, tensor_specs
 from tpmpi.weights import GROUP_PARTS, Stored
 
-# ---- writing
-
-
-class CheckpointWriter:
-    """Writes a model file tensor by tensor under a temporary name; it gets its own name when it is whole.
-
-        with CheckpointWriter(path, config, kinds, tokenizer, provenance) as writer:
-            writer.write('embedding', encode(array, kinds['embedding']))
-
-    kinds: how each tensor is stored; sources: a few words on where each came from.
-    HDF5 lays out the file first, with all metadata; the tensors' bytes then go straight to their places, because HDF5
-    does not survive a disk that fills up under its caches.
-    Leaving the block with an error, or with a tensor missing, removes the temporary file.
-    """
-
-    def __init__(self, path: Path, config: ModelConfig, kinds: Mapping[str, str], tokenizer: TokenizerData,
-                 provenance: Mapping[str, str], sources: Mapping[str, str] | None = None):
-        self.path, self.kinds, self.specs = Path(path), kinds, tensor_specs(config)
-        for name, spec in self.specs.items():
-            if not spec.fits(kinds[name]):
-                raise CheckpointError(f'{path}: tensor {name} cannot be {kinds[name]}: {spec.why_not(kinds[name])}')
-        self.parts = {name: tensor_parts(spec, kinds[name]) for name, spec in self.specs.items()}
-        self.checksums: dict[str, np.ndarray] = {}
-        self.temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
-        try:
-            self.file = h5py.File(self.temporary, 'x')
-            with self.file:
-                self._lay_out(config, tokenizer, provenance, sources or {})
-                paths = [part.path for parts in self.parts.values() for part in parts.values()]
-                self.offsets = {path: self.file[path].id.get_offset() for path in paths}
-            self.descriptor = os.open(self.temporary, os.O_RDWR)
-        except OSError as e:
-            self.temporary.unlink(missing_ok=True)
-            raise CheckpointError(f'{self.path}: cannot be written ({reason(e)})') from e
-
-    def _lay_out(self, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str],
-                 sources: Mapping[str, str]):
-        version = 2 if any(kind in GROUP_PARTS for kind in self.kinds.values()) else 1
-        self.file.attrs.update({'format': np.bytes_(FORMAT), 'format_version': version})
-        for key, value in provenance.items():
-            self.file.attrs[f'provenance_{key}'] = np.bytes_(value.encode() or b' ')
-        self._comment(self.file, ABOUT.format(version) + ABOUT_VERSION_2 * (version == 2))
-        facts = self.file.create_group('config')
-        self._comment(facts, 'one attribute per fact of the architecture (h5dump -A prints them)')
-        values = {field.name: getattr(config, field.name) for field in fields(config)}
-        self._describe(facts, {name: 'none' if value is None else value for name, value in values.items()})
-        texts = self.file.create_group('tokenizer')
-        self._comment(texts, "the bytes of Hugging Face's tokenizer.json and of a jinja2 chat template, UTF-8; special token ids")
-        for name, text in (('tokenizer.json', tokenizer.tokenizer_json), ('chat_template', tokenizer.chat_template)):
-            if text is not None:
-                texts.create_dataset(name, data=np.frombuffer(text.encode(), np.uint8))
-        if tokenizer.bos_token_id is not None:
-            texts.attrs['bos_token_id'] = tokenizer.bos_token_id
-        texts.attrs['eos_token_ids'] = np.array(tokenizer.eos_token_ids, np.int64)
-        for spec in self.specs.values():
-            for name, part in self.parts[spec.name].items():
-                self._create(part, part_meaning(spec, self.kinds[spec.name], name))
-            self._describe(self.file[spec.name], group_attributes(spec, self.kinds[spec.name]))
-            if spec.name in sources:
-                self._describe(self.file[spec.name], {'source': sources[spec.name]})
-
-    @staticmethod
-    def _describe(thing: h5py.HLObject, values: Mapping):
-        """Attributes, a text as bytes of its length."""
-        thing.attrs.update({name: np.bytes_(value) if isinstance(value, str) else value for name, value in values.items()})
-
-    @staticmethod
-    def _comment(thing: h5py.HLObject, text: str):
-        """A comment, which `h5dump -H` prints with the name, the type and the shape."""
-        h5py.h5o.set_comment(thing.id, text.encode())
-
-    def _create(self, part: Part, meaning: str):
-        """An empty contiguous dataset whose place in the file is known at once, with its checksums to be filled in."""
-        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        plist.set_layout(h5py.h5d.CONTIGUOUS)
-        plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-        links.set_create_intermediate_group(True)
-        space = h5py.h5s.create_simple(part.shape)
-        h5py.h5d.create(self.file.id, part.path.encode(), part.file_type, space, plist, links)
-        self._comment(self.file[part.path], meaning)
-        self.file[part.path].attrs.update({
-            'crc32': np.zeros(-(-part.shape[0] // part.crc32_rows), np.uint32), 'crc32_rows': part.crc32_rows})
-
-    def write(self, name: str, stored: Stored):
-        """Write one whole tensor, of the kind that was announced, in the shape and with the group_axis of its TensorSpec."""
-        spec, kind = self.specs[name], self.kinds[name]
-        if stored.kind != kind or stored.group_axis != spec.group_axis:
-            raise CheckpointError(f'tensor {name} is {stored.kind} with groups along axis {stored.group_axis}; '
-                                  f'expected {kind} along axis {spec.group_axis}')
-        for part_name, data in stored.parts.items():
-            part = self.parts[name][part_name]
-            if data.shape != part.shape or data.dtype != part.dtype:
-                raise CheckpointError(f'tensor {part.path} is {data.shape} {data.dtype}; '
-                                      f'expected {part.shape} {part.dtype} for {kind}')
-            self._write(part, np.ascontiguousarray(data))
-
-    def _write(self, part: Part, data: np.ndarray):
-        view, at = memoryview(data).cast('B'), self.offsets[part.path]
-        while view:
-            try:
-                written = os.pwrite(self.descriptor, view, at)
-            except OSError as e:
-                raise CheckpointError(
-                    f'{self.path}: {e.strerror} while writing tensor {part.path}; nothing was left behind') from e
-            view, at = view[written:], at + written
-        self.checksums[part.path] = crc32_blocks(data, part.crc32_rows)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        missing = [n for n in self.specs if n not in self.checksums]
-        try:
-            if kind is None and missing:
-                raise CheckpointError(
-                    f'{self.path}: not written, {len(missing)} tensors are missing, first {missing[0]}')
-            if kind is None:
-                self._finish()
-        except OSError as e:
-            raise CheckpointError(f'{self.path}: {reason(e)} while writing; nothing was left behind') from e
-        finally:
-            os.close(self.descriptor)
-            self.temporary.unlink(missing_ok=True)
-
-    def _finish(self):
-        """Put the checksums in their places, wait for the disk, and give the file its name."""
-        os.fsync(self.descriptor)
-        with h5py.File(self.temporary, 'r+') as file:
-            for path, checksums in self.checksums.items():
-                file[path].attrs.modify('crc32', checksums)
-        os.fsync(self.descriptor)
-        os.replace(self.temporary, self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-# ---- reading
+__all__ = ['CheckpointError', 'CheckpointReader', 'CheckpointWriter', 'TokenizerData']
 
 
 class CheckpointReader:
@@ -246,7 +102,7 @@ class CheckpointReader:
 
     def _read_config(self) -> ModelConfig:
         facts = attributes(self._group('config'))
-        facts |= {name: None for name in ('rope_theta', 'window') if facts.get(name) == 'none'}
+        facts = {name: tuple(value.tolist()) if isinstance(value, np.ndarray) else value for name, value in facts.items()}
         try:
             return model_config_from_dict(facts)
         except ConfigError as e:

@@ -1,23 +1,34 @@
 """Convert a checkpoint to a model file:  python -m tpmpi.convert SOURCE OUT.h5 [--weights float32|bfloat16|int8|int4]
 
-SOURCE is a Hugging Face folder or a .gguf file.  Without --weights nothing is rounded.  One tensor is in memory at a
-time.  One process is enough: the file serves any number of ranks.
+SOURCE is a Hugging Face folder, a .gguf file, or the name of a repository on the Hugging Face Hub.  Without --weights nothing
+is rounded.  One tensor is in memory at a time.  One process is enough: the file serves any number of ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import os
+import re
 import shutil
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import tpmpi
 from tpmpi.checkpoint import CheckpointError, CheckpointWriter, TokenizerData
+from tpmpi.checkpoint_writer import unfinished_bytes, unfinished_tensors
 from tpmpi.formats import Checkpoint, TensorSource, open_checkpoint
+from tpmpi.formats.hub import locate
 from tpmpi.sharding import TensorSpec, target_kind, tensor_specs
 from tpmpi.weights import WEIGHT_KINDS, Stored, encode, part_shapes, transpose
+
+STOPPED = 75  # exit code of a conversion that can go on, as of tpmpi.batch: EX_TEMPFAIL of sysexits.h
+WEIGHTS_FILE = re.compile(r'.*?\.(safetensors|gguf)(?=: )')  # of the origin of a tensor
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,16 @@ class Change:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options of a conversion."""
     p = argparse.ArgumentParser('python -m tpmpi.convert', description=__doc__.partition('\n')[0])
-    p.add_argument('source', type=Path, metavar='SOURCE', help='Hugging Face folder (config.json, *.safetensors, '
-                   'tokenizer.json) or .gguf file')
+    p.add_argument('source', metavar='SOURCE', help='Hugging Face folder (config.json, *.safetensors, tokenizer.json), .gguf '
+                   'file, or org/name or org/name:FILE.gguf of the Hugging Face Hub, which goes through its cache (HF_HOME, '
+                   'HF_TOKEN, HF_HUB_OFFLINE); a path that exists goes first, ./org/name is always a path')
     p.add_argument('out', type=Path, metavar='OUT.h5', help='model file to write')
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the stored matrices (default: the smallest that holds '
                    "each without loss: int4 and int8 for GGUF's Q4_0, Q4_1, Q5_0 and Q8_0, bfloat16 for bfloat16, else float32)")
+    p.add_argument('--revision', metavar='REV', help="branch, tag or commit of the Hub's repository (default: main)")
+    p.add_argument('--gguf', metavar='FILE', help='the GGUF file to take of a repository or folder with several')
+    p.add_argument('--resume', action='store_true', help='go on with an interrupted conversion of the same source to the same '
+                   'file, which otherwise starts over')
     p.add_argument('--verbose', action='store_true', help='one line for each tensor')
     return p.parse_args(argv)
 
@@ -78,25 +94,78 @@ def plan(checkpoint: Checkpoint, asked: str | None) -> dict[str, Change]:
     return changes
 
 
-def convert(source: Path, out: Path, weights: str | None = None) -> Mapping[str, Change]:
-    """Convert a checkpoint; returns what became of each tensor.  Raises ValueError with one line when it cannot be."""
-    checkpoint = open_checkpoint(source)
-    changes = plan(checkpoint, weights)
-    total = sum(change.nbytes for change in changes.values())
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint, opened and checked, and what shall become of it."""
+
+    checkpoint: Checkpoint
+    changes: Mapping[str, Change]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(change.nbytes for change in self.changes.values())
+
+    def origin(self) -> dict[str, str]:
+        """All that the tensors of the file depend on; an interrupted conversion goes on only where it is the same."""
+        files = {found[0] for change in self.changes.values() if (found := WEIGHTS_FILE.match(change.source.origin))}
+        named = self.checkpoint.provenance.get('files')  # of a tensor that is joined from several files the origin names one
+        files |= {os.path.join(os.path.dirname(file), name) for file in files for name in named.split(', ')} if named else set()
+        made = {'the version of tpmpi': tpmpi.__version__}
+        for file in sorted(files):
+            found = os.stat(file)
+            made[os.path.basename(file)] = f'{found.st_size} bytes of {found.st_mtime_ns} ns'
+        made |= {f"the source's {key}": value for key, value in self.checkpoint.provenance.items()}
+        texts = [self.checkpoint.tokenizer_json, self.checkpoint.chat_template, self.checkpoint.bos_token_id,
+                 self.checkpoint.eos_token_ids]
+        kinds = [(name, change.kind, change.words) for name, change in self.changes.items()]
+        return made | {'the tokenizer': sha256(repr(texts)), 'the configuration': sha256(repr(self.checkpoint.config)),
+                       'the kinds of the tensors (--weights)': sha256(repr(kinds))}
+
+    def write(self, out: Path, resume: bool = False) -> int:
+        """Write the model file; returns how many tensors an interrupted conversion had left.  Raises ValueError or OSError.
+
+        KeyboardInterrupt leaves what is needed to go on.
+        """
+        checkpoint = self.checkpoint
+        tokenizer = TokenizerData(checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.bos_token_id,
+                                  checkpoint.eos_token_ids)
+        kinds, words = ({name: getattr(change, what) for name, change in self.changes.items()} for what in ('kind', 'words'))
+        with CheckpointWriter(out, checkpoint.config, kinds, tokenizer, checkpoint.provenance, words, origin=self.origin(),
+                              resume=resume) as writer:
+            left = [(name, change) for name, change in self.changes.items() if name not in writer.done]
+            for name, change in progress(left, len(left)):
+                writer.write(name, change.stored())
+        return len(writer.done)
+
+
+def prepare(source: str | Path, out: Path, weights: str | None = None, revision: str | None = None, gguf: str | None = None
+            ) -> Conversion:
+    """A conversion that can begin.  Raises ValueError with one line where it cannot; see `locate`."""
     if not out.parent.is_dir():
         raise CheckpointError(f'{out}: the folder {out.parent} does not exist')
     if out.is_dir():
         raise CheckpointError(f'{out}: is a folder; give the name of the file to write')
-    free = shutil.disk_usage(out.parent).free
-    if free < total:
-        raise CheckpointError(f'{out}: {total:,} bytes are needed and {free:,} are free on that file system')
-    tokenizer = TokenizerData(checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.bos_token_id,
-                              checkpoint.eos_token_ids)
-    kinds, words = ({name: getattr(change, what) for name, change in changes.items()} for what in ('kind', 'words'))
-    with CheckpointWriter(out, checkpoint.config, kinds, tokenizer, checkpoint.provenance, words) as writer:
-        for name, change in progress(changes.items(), len(changes)):
-            writer.write(name, change.stored())
-    return changes
+    path, provenance = locate(source, revision, gguf)
+    checkpoint = open_checkpoint(path)
+    checkpoint = dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **provenance})
+    conversion = Conversion(checkpoint, plan(checkpoint, weights))
+    free = shutil.disk_usage(out.parent).free + unfinished_bytes(out)
+    if free < conversion.nbytes:
+        raise CheckpointError(f'{out}: {conversion.nbytes:,} bytes are needed and {free:,} are free on that file system')
+    return conversion
+
+
+def convert(source: str | Path, out: Path, weights: str | None = None, *, revision: str | None = None,
+            gguf: str | None = None, resume: bool = False) -> Mapping[str, Change]:
+    """Convert a checkpoint; returns what became of each tensor.  Raises ValueError with one line when it cannot be."""
+    conversion = prepare(source, Path(out), weights, revision, gguf)
+    conversion.write(Path(out), resume)
+    return conversion.changes
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def progress(items: Iterable, count: int) -> Iterable:
@@ -128,17 +197,29 @@ def report(changes: Mapping[str, Change], verbose: bool = False) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parse(argv)
+    options, conversion = parse(argv), None
     try:
-        changes = convert(options.source, options.out, options.weights)
+        conversion = prepare(options.source, options.out, options.weights, options.revision, options.gguf)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = conversion.write(options.out, options.resume)
     except (ValueError, OSError) as e:
-        print(f'tpmpi.convert: {" ".join(str(e).split())}', file=sys.stderr)
+        say(' '.join(str(e).split()))
         return 1
-    for line in report(changes, options.verbose):
-        print(f'tpmpi.convert: {line}', file=sys.stderr)
-    total = sum(change.nbytes for change in changes.values())
-    print(f'tpmpi.convert: wrote {options.out}, {total / 1e6:,.1f} MB of tensors', file=sys.stderr)
+    except KeyboardInterrupt:
+        done = unfinished_tensors(options.out)
+        say('interrupted; nothing was written' if conversion is None or done is None else
+            f'interrupted; {done} of {len(conversion.changes)} tensors are done, the same command with --resume does the rest')
+        return STOPPED
+    for line in report(conversion.changes, options.verbose):
+        say(line)
+    if before:
+        say(f'{before} of {len(conversion.changes)} tensors were there already')
+    say(f'wrote {options.out}, {conversion.nbytes / 1e6:,.1f} MB of tensors')
     return 0
+
+
+def say(line: str):
+    print(f'tpmpi.convert: {line}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -82,7 +82,13 @@ def is_size(n) -> bool:
 def tensor_source(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> TensorSource:
     """A tensor that reads its part of the file when asked, or says then that its type is not supported."""
     ours, stored = DTYPES.get(dtype, (dtype, None))
-    return TensorSource(f'{path}: {name}', shape, ours, functools.partial(load, path, name, dtype, shape, offset))
+
+    def rows(start: int, stop: int) -> TensorSource:
+        columns = shape[-1:] if len(shape) > 1 else ()
+        skipped = start * int(np.prod(columns, dtype=np.int64)) * ITEM_BITS[dtype] // 8
+        return tensor_source(path, name, dtype, (stop - start, *columns), offset + skipped)
+
+    return TensorSource(f'{path}: {name}', shape, ours, functools.partial(load, path, name, dtype, shape, offset), rows=rows)
 
 
 def load(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
