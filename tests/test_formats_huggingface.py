@@ -11,7 +11,8 @@ import pytest
 
 from tpmpi.config import ModelConfig
 from tpmpi.formats import FormatError, open_checkpoint
-from tpmpi.formats.families import HUGGING_FACE, NEUTRAL_KEYS
+from tpmpi.formats.huggingface_config import NEUTRAL_KEYS
+from tpmpi.formats.huggingface_families import HUGGING_FACE
 from tpmpi.sharding import tensor_specs
 from tpmpi.tokenizer import Tokenizer
 
@@ -117,25 +118,33 @@ def test_keys_without_influence_are_accepted(folder):
     edit(folder / 'config.json', torch_dtype='float16', use_cache=False, _name_or_path='x', unsloth_version='1',
          **{'transformers.js_config': {'kv_cache_dtype': {}}}, is_llama_config=True, rope_interleaved=False)
     open_checkpoint(folder)
-    assert not NEUTRAL_KEYS & set(HUGGING_FACE['LlamaForCausalLM'].facts)
+    for name, family in HUGGING_FACE.items():
+        known = [*NEUTRAL_KEYS | family.neutral, *family.facts, *family.fixed]
+        assert len(known) == len(set(known)), f'{name} has a key twice'
 
 
 @pytest.mark.parametrize('changes, message', [
     ({'qk_norm': True}, r"unknown key 'qk_norm' \(value True\); tpmpi does not know what it means"),
     ({'logits_scaling': 8.0}, "unknown key 'logits_scaling'"),
     ({'auto_map': {'AutoModel': 'x--y'}}, "unknown key 'auto_map'"),
-    ({'hidden_act': 'gelu'}, r"hidden_act is 'gelu'; supported is 'silu' or 'swish' only"),
-    ({'attention_bias': True}, 'attention_bias is True; supported is False or None only'),
-    ({'attention_bias': 0}, 'attention_bias is 0; supported is False or None only'),
-    ({'mlp_bias': True}, 'mlp_bias is True'),
+    ({'hidden_act': 'quick_gelu'}, "hidden_act is 'quick_gelu'; supported are silu, swish, gelu"),
+    ({'attention_bias': 0}, 'attention_bias is 0; expected true or false'),
+    ({'attention_bias': True}, 'q_proj.bias is missing'),
+    ({'mlp_bias': True}, 'gate_proj.bias is missing'),
     ({'pretraining_tp': 2}, 'pretraining_tp is 2; supported is 1'),
     ({'sliding_window': 4096}, 'sliding_window is 4096'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config is .*gptq'),
     ({'rope_interleaved': True}, 'rope_interleaved is True'),
-    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_scaling asks for RoPE of type 'linear'"),
-    ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0}}, "RoPE of type 'llama3'"),
+    ({'rope_scaling': {'type': 'mrope', 'factor': 2.0}}, "rope_scaling asks for RoPE of type 'mrope'; supported is default,"),
+    ({'rope_scaling': {'type': ['yarn']}}, "rope_scaling asks for RoPE of type .'yarn'."),
+    ({'rope_scaling': {'type': 'linear'}}, 'rope_scaling has no factor'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 0.5}}, 'the factor 0.5; expected more than 1, and 1 or more'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'beta': 1}}, "holds 'beta'; .* RoPE of type yarn"),
+    ({'rope_scaling': {'type': 'longrope', 'long_factor': [1.0] * 4, 'short_factor': [1.0] * 3}},
+     'short_factor is .*; expected 4 numbers, one for each pair'),
+    ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0}}, 'has no low_freq_factor'),
     ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'factor': 8.0}}, "rope_parameters holds 'factor'"),
-    ({'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}}, 'rotates a part of each head'),
+    ({'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor is 0.5; expected 1.0'),
     ({'rope_parameters': [1]}, 'rope_parameters is .1.; expected null or an object'),
     ({'rope_parameters': {'rope_theta': '1e4'}}, "rope_theta is '1e4'; expected a number"),
     ({'rms_norm_eps': float('nan')}, 'rms_norm_eps is nan; expected a number'),
@@ -146,7 +155,7 @@ def test_keys_without_influence_are_accepted(folder):
     ({'num_attention_heads': 0, 'head_dim': None}, 'hidden_size 36 is no multiple of num_attention_heads 0'),
     ({'num_key_value_heads': 2}, '9 query heads cannot share 2 KV heads evenly'),
     ({'tie_word_embeddings': 'yes'}, "tie_word_embeddings is 'yes'; expected true or false"),
-    ({'architectures': ['GPT2LMHeadModel']}, r"architectures is .'GPT2LMHeadModel'.; supported is one of LlamaFor"),
+    ({'architectures': ['BloomForCausalLM']}, r"architectures is .'BloomForCausalLM'.; supported is one of LlamaFor"),
     ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForSequenceClassification'),
     ({'architectures': REMOVE}, 'architectures is None'),
     ({'eos_token_id': 300}, 'generation_config.json: eos_token_id is 300; expected a token id from 0 to 299'),

@@ -1,13 +1,19 @@
-"""Random Llama configurations made by transformers here and now, converted and run on ranks.  Run with: pytest -m live"""
+"""Random models made by transformers here and now, converted and run on ranks.  Run with: pytest -m live"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+from families import SUPPORTED, compute
+from family_cases import load_reference, write_folder
 from references import answer, check_greedy
 
 pytestmark = pytest.mark.live
@@ -64,3 +70,79 @@ def test_a_random_llama_generates_as_transformers(transformers, tmp_path, seed):
         for case, found in zip(cases, answer(tmp_path / 'model.h5', cases, size, tmp_path, max_positions=128), strict=True):
             check_greedy(found, case['greedy'])
     assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['model_type'] == 'llama'
+
+
+# ---- all families
+
+
+@pytest.fixture(scope='module')
+def maker(transformers):
+    """The program that made the references."""
+    sys.path.insert(0, str(Path(__file__).parent / 'references'))
+    try:
+        import make_families
+    finally:
+        sys.path.pop(0)
+    return make_families
+
+
+def fresh(maker, name: str, folder: Path) -> tuple[Path, dict, np.ndarray]:
+    """A case with other weights and tokens: its model file, the reference without logits, and transformers' logits of all
+    tokens.  The choice of experts is as clear as in the references."""
+    from tpmpi.convert import convert
+    for attempt in range(20):
+        seed, source = random.randrange(10_000), folder / f'{name}-{attempt}'
+        source.mkdir()
+        reference = load_reference(name)
+        tokens = np.random.default_rng(seed).integers(0, 256, len(reference['tokens'])).tolist()
+        reference |= {'seed': seed, 'tokens': tokens}
+        write_folder(source, reference)
+        model = maker.loaded(source, SUPPORTED[name])
+        gaps = maker.watch_routers(model)
+        logits = maker.run(model, tokens, reference['prompt_length'])
+        if min(gaps, default=1) > maker.CLEAR:
+            break
+    convert(source, folder / f'{name}.h5')
+    return folder / f'{name}.h5', reference, logits
+
+
+def test_families_with_other_weights(maker, tmp_path):
+    models = {name: fresh(maker, name, tmp_path) for name in SUPPORTED}
+    found, _ = compute({name: model[:2] for name, model in models.items()}, 2, 'reference', tmp_path)
+    for name, (_, reference, logits) in models.items():
+        assert np.abs(found[name] - logits).max() <= 1e-3 * logits.std(), f'{name} with seed {reference["seed"]}'
+
+
+def test_what_a_config_leaves_out_is_what_the_classes_say(transformers):
+    from tpmpi.formats.huggingface_families import HUGGING_FACE
+    models = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kinds = {architecture: kind for kind, architecture in models.items() if isinstance(architecture, str)}
+    for architecture in HUGGING_FACE.keys() - {'Gemma3ForConditionalGeneration'}:
+        kind = 'gemma3_text' if architecture == 'Gemma3ForCausalLM' else kinds[architecture]
+        config, family = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind], HUGGING_FACE[architecture]
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        assert defaults['vocab_size'] == family.facts['vocab_size']
+        for key in family.facts.keys() & defaults.keys() - {'num_experts', 'num_local_experts'}:
+            assert defaults[key] == family.facts[key], f'{architecture}: {key}'
+        if 'rope_theta' in family.facts and isinstance(config.default_theta, float):
+            assert family.facts['rope_theta'] == config.default_theta, architecture
+        assert (defaults['bos_token_id'], defaults['eos_token_id']) == (family.bos, family.eos), architecture
+
+
+def test_other_settings_of_the_families(maker, tmp_path):
+    """What each case's `without` switches off, with weights of their own."""
+    from tpmpi.convert import convert
+    models, expected = {}, {}
+    for case in SUPPORTED.values():
+        for i, changed in enumerate(case.without):
+            name = f'{case.name}-{i}'
+            (tmp_path / name).mkdir()
+            config, shapes = maker.saved(maker.build(case, case.settings | changed), tmp_path / name)
+            reference = load_reference(case.name) | {'config': config, 'shapes': shapes}
+            write_folder(tmp_path / name, reference)
+            expected[name] = maker.run(maker.loaded(tmp_path / name, case), reference['tokens'], reference['prompt_length'])
+            convert(tmp_path / name, tmp_path / f'{name}.h5')
+            models[name] = tmp_path / f'{name}.h5', reference
+    found, _ = compute(models, 1, 'reference', tmp_path)
+    for name, logits in expected.items():
+        assert np.abs(found[name] - logits).max() <= 1e-3 * logits.std(), f'{name}: {models[name][1]["config"]}'

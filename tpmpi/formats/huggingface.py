@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from tpmpi.config import ConfigError, ModelConfig
-from tpmpi.formats.families import HUGGING_FACE, NEUTRAL_KEYS, Family, read_facts, short, their_name
+from tpmpi.formats.families import Family, match_tensors, read_facts, short
+from tpmpi.formats.huggingface_config import NEUTRAL_KEYS
+from tpmpi.formats.huggingface_families import HUGGING_FACE, find_family
 from tpmpi.formats.safetensors_file import DTYPES, open_safetensors
 from tpmpi.formats.source import (
     Checkpoint,
     FormatError,
     TensorSource,
     checked_token_id,
-    match_tensors,
     parse_json,
     read_json,
     read_text,
@@ -39,7 +40,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
         raise FormatError(f'{folder / "config.json"}: {error}') from error
     files, found = open_weights(folder)
     tensors = assign(config, family, found, str(folder))
-    tokenizer_json, chat_template, bos, eos = open_tokenizer(folder, config, values)
+    tokenizer_json, chat_template, bos, eos = open_tokenizer(folder, config, family, values)
     return Checkpoint(
         config, tensors, tokenizer_json, chat_template, eos, bos,
         {'format': 'Hugging Face', 'architecture': architecture, 'source': folder.resolve().name,
@@ -52,7 +53,7 @@ def choose_family(values: Mapping) -> tuple[Family, str]:
     if not isinstance(names, list) or len(names) != 1 or names[0] not in HUGGING_FACE:
         raise FormatError(
             f'config.json: architectures is {short(names)}; supported is one of {", ".join(HUGGING_FACE)}')
-    return HUGGING_FACE[names[0]], names[0]
+    return find_family(names[0], values), names[0]
 
 
 # ---- weights
@@ -94,6 +95,7 @@ def assign(config: ModelConfig, family: Family, found: dict[str, TensorSource], 
     transformers makes of two different ones has changed between its versions (4 ties them, 5 does not).
     """
     embedding, head = family.tensors['embedding'], family.tensors['head']
+    found = family.tidy(found)
     if config.tie_embeddings and head in found:
         found = dict(found)
         tied = found.pop(head)
@@ -102,9 +104,7 @@ def assign(config: ModelConfig, family: Family, found: dict[str, TensorSource], 
             raise FormatError(
                 f'config.json: tie_word_embeddings is true, but {tied.origin} differs from {embedding}; '
                 'set it to false if the model is meant to have its own head')
-    tensors = match_tensors(
-        config, found, lambda name: their_name(name, family.tensors), where,
-        lambda name: family.ignored_tensors.fullmatch(name) is not None)
+    tensors = match_tensors(config, found, family, where)
     supported = [ours for ours, _ in DTYPES.values()]
     for tensor in tensors.values():
         if tensor.dtype not in supported:
@@ -118,7 +118,7 @@ def same_bits(a: TensorSource, b: TensorSource) -> bool:
 
 # ---- tokenizer
 
-def open_tokenizer(folder: Path, config: ModelConfig, values: Mapping
+def open_tokenizer(folder: Path, config: ModelConfig, family: Family, values: Mapping
                    ) -> tuple[str, str | None, int | None, tuple[int, ...]]:
     """tokenizer.json, chat template, bos id, eos ids.
 
@@ -150,13 +150,19 @@ def open_tokenizer(folder: Path, config: ModelConfig, values: Mapping
     ends = generation.get('eos_token_id')
     where = 'generation_config.json' if ends is not None else 'config.json'
     if ends is None:
-        ends = values.get('eos_token_id', 2)  # LlamaConfig's default
+        ends = values['eos_token_id'] if 'eos_token_id' in values else default_id(family.eos, config)
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     ends = [checked_token_id(id, config.vocab_size, f'{where}: eos_token_id') for id in ends]
     ids = dict.fromkeys(id for id in [eos, *ends] if id is not None)
     if 'bos_token' not in settings:
-        bos = checked_token_id(values.get('bos_token_id', 1), config.vocab_size, 'config.json: bos_token_id')
+        bos = values['bos_token_id'] if 'bos_token_id' in values else default_id(family.bos, config)
+        bos = checked_token_id(bos, config.vocab_size, 'config.json: bos_token_id')
     return dump(tokenizer), open_chat_template(folder, settings), bos, tuple(ids)
+
+
+def default_id(id: int | None, config: ModelConfig) -> int | None:
+    """What the configuration class has where config.json leaves an id out; a smaller vocabulary has none."""
+    return id if id is not None and id < config.vocab_size else None
 
 
 def named_token(settings: Mapping, key: str) -> str | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from tpmpi.config import ModelConfig
-from tpmpi.sharding import tensor_specs
 from tpmpi.weights import Stored
 
 BFLOAT16 = 'bfloat16'
@@ -32,6 +31,8 @@ class TensorSource:
     load: Callable[[], np.ndarray]  # uint16 bits where dtype is bfloat16; float16 or float32 otherwise
     load_groups: Callable[[str], Stored] | None = None  # of a quantized type, as one of `group_kinds`
     group_kinds: tuple[str, ...] = ()  # the integer kinds that hold its very numbers, the smallest first
+    rows: Callable[[int, int], TensorSource] | None = None  # rows first … stop - 1 of [rows, columns], where those can be read
+    # by themselves; of a tensor with more axes, all but the last one count rows
 
     @property
     def exact_kinds(self) -> tuple[str, ...]:
@@ -71,34 +72,6 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]  # each ends a text; the tokenizer's own one first
     bos_token_id: int | None
     provenance: Mapping[str, str]  # where it came from
-
-
-def match_tensors(
-        config: ModelConfig, found: Mapping[str, TensorSource], names: Callable[[str], str], where: str,
-        ignored: Callable[[str], bool] = lambda name: False) -> dict[str, TensorSource]:
-    """The tensors of a model by our names.  `names` gives their name for ours; `where` names the checkpoint.
-
-    Raises FormatError when a tensor is missing, has another shape, or has no place in the model.
-    """
-    tensors = {}
-    for spec in tensor_specs(config).values():
-        name = names(spec.name)
-        expected = spec.shape[::-1] if spec.transposed else spec.shape
-        if name not in found:
-            raise FormatError(f'{where}: tensor {name} is missing; the configuration asks for {describe(expected)}')
-        if found[name].shape != expected:
-            raise FormatError(
-                f'{found[name].origin} has the shape {describe(found[name].shape)}; '
-                f'the configuration asks for {describe(expected)}')
-        tensors[spec.name] = found[name]
-    used = {names(name) for name in tensors}
-    extra = sorted(name for name in found if name not in used and not ignored(name))
-    if extra:
-        raise FormatError(
-            f'{found[extra[0]].origin} ({describe(found[extra[0]].shape)}) has no place in this architecture'
-            + (f', nor have {len(extra) - 1} other tensors' if len(extra) > 1 else '')
-            + '; leaving it out would change the result')
-    return tensors
 
 
 def describe(shape: tuple[int, ...]) -> str:
