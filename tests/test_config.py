@@ -15,7 +15,7 @@ GOOD = dataclasses.asdict(tiny.NINE_HEADS)
 @pytest.mark.parametrize(('change', 'message'), [
     ({'hidden_size': 0}, 'hidden_size is 0'), ({'hidden_size': 2.5}, 'hidden_size is 2.5'), ({'num_layers': True}, 'num_layers'),
     ({'vocab_size': 1 << 60}, 'vocab_size'), ({'num_kv_heads': 2}, '9 query heads cannot share 2 KV heads'),
-    ({'norm': 'layer'}, "norm is 'layer'"), ({'activation': 'swish2'}, 'activation'), ({'residual': 1}, 'residual is 1'),
+    ({'norm': 'batch'}, "norm is 'batch'"), ({'activation': 'swish2'}, 'activation'), ({'residual': 1}, 'residual is 1'),
     ({'ffn_block': 100}, 'ffn_block is 100'), ({'head_dim': 7}, 'head_dim is 7'), ({'rope_theta': 0.0}, 'rope_theta is 0.0'),
     ({'norm_eps': float('nan')}, 'norm_eps'), ({'window': 0}, 'window is 0'), ({'alibi': True}, "unknown fact 'alibi'"),
 ])

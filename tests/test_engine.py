@@ -16,7 +16,7 @@ from tpmpi.config import ConfigError, RunConfig
 from tpmpi.device import Device
 from tpmpi.engine import Engine, StopText
 from tpmpi.kernels import reference as ops
-from tpmpi.model import load_model
+from tpmpi.model_shard import load_model
 from tpmpi.sampling import SamplingParams
 from tpmpi.sharding import shard
 from tpmpi.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ PROMPT = [72, 101, 108, 108, 111, 33, 200, 7, 7, 19]
 
 def engine_on(comm, path, run, eos=()):
     with CheckpointReader(path) as reader:
-        model = load_model(reader, shard(reader.config, comm.rank, comm.size), ops, context=run.context)
+        model = load_model(reader, shard(reader.config, comm.rank, comm.size), ops, context=run.context, sinks=run.sinks)
         tokenizer = Tokenizer(reader.tokenizer.tokenizer_json, None, None, eos) if comm.rank == 0 else None
     return Engine(model, tokenizer, Device('cpu', np), ops, comm, run)
 
@@ -57,7 +57,7 @@ def check_against_recomputing(request, tensors, config, window=None, atol=1e-4):
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 5])
-@pytest.mark.parametrize('name', ['nine_heads', 'literal', 'parallel'])
+@pytest.mark.parametrize('name', ['nine_heads', 'literal', 'parallel', 'post_norm', 'capped', 'biased', 'experts'])
 def test_a_cached_step_equals_recomputing_all(models, name, ranks):
     path, config, tensors = models[name]
     results = generate(path, PROMPT, SamplingParams(max_new_tokens=30, logprobs=5), ranks)
@@ -77,6 +77,65 @@ def test_beyond_its_capacity_a_ring_is_a_sliding_window(models, context, chunk, 
     check_against_recomputing(request, tensors, config, window=context)
     exact = log_softmax(tiny.oracle_logits(tensors, config, prompt, context))
     np.testing.assert_allclose(request.prompt_logprobs, [exact[i, t] for i, t in enumerate(prompt[1:])], atol=1e-4)
+
+
+@pytest.mark.parametrize(('context', 'sinks', 'chunk', 'block', 'length'), [
+    (7, 1, 4, 4, 10), (7, 5, 3, 4, 10), (5, 4, 512, 4, 30), (6, 9, 5, 2, 41), (16, 4, 8, 64, 41)])
+def test_the_first_tokens_stay_visible_when_a_ring_rolls(models, context, sinks, chunk, block, length):
+    path, config, tensors = models['nine_heads']
+    prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
+    params = SamplingParams(max_new_tokens=40, logprobs=3, prompt_logprobs=True)
+    request = generate(path, prompt, params, ranks=2, context=context, sinks=sinks, chunk=chunk, block=block)[0]
+    tokens = prompt + request.tokens
+    exact = log_softmax(tiny.oracle_logits(tensors, config, tokens, context, sinks))
+    found = request.prompt_logprobs + [choice.logprob for choice in request.choices]
+    np.testing.assert_allclose(found, [exact[i, t] for i, t in enumerate(tokens[1:])], atol=1e-4)
+    without = log_softmax(tiny.oracle_logits(tensors, config, tokens, context))
+    assert np.abs(without[-2] - exact[-2]).max() > 1e-3, 'the first tokens matter'
+
+
+@pytest.fixture(scope='module')
+def by_length(tmp_path_factory):
+    """Models whose RoPE depends on the length of the text: {name: (path, config, whole tensors)}."""
+    folder = tmp_path_factory.mktemp('by_length')
+    configs = {'longrope': tiny.LONG_ROPE, 'dynamic': tiny.DYNAMIC}
+    paths = {name: folder / f'{name}.h5' for name in configs}
+    return {name: (paths[name], config, tiny.write_model(paths[name], config)) for name, config in configs.items()}
+
+
+def check_by_length(request, name, config, tensors):
+    """As transformers: all anew once a text is long for LongRoPE; with dynamic scaling each key as long as its text was."""
+    prompt = len(request.prompt_tokens)
+    for i, choice in enumerate(request.choices):
+        tokens = request.prompt_tokens + request.tokens[:i]
+        lengths = [max(prompt, p + 1) for p in range(len(tokens))] if name == 'dynamic' else None
+        exact = log_softmax(tiny.oracle_logits(tensors, config, tokens, lengths=lengths)[-1])
+        assert choice.logprob == pytest.approx(exact[choice.token], abs=1e-4), (i, len(tokens))
+        assert exact[choice.token] >= exact.max() - 1e-4
+
+
+@pytest.mark.parametrize('name', ['longrope', 'dynamic'])
+@pytest.mark.parametrize('length', [5, 23, 24, 25, 40])
+def test_rope_that_depends_on_the_length_of_the_text(by_length, name, length):
+    """24 positions are the length from which on it does."""
+    path, config, tensors = by_length[name]
+    prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
+    params = SamplingParams(max_new_tokens=26, logprobs=1)
+    for request in generate(path, prompt, params, ranks=2, chunk=16, block=4)[:1]:
+        check_by_length(request, name, config, tensors)
+
+
+@pytest.mark.parametrize('name', ['longrope', 'dynamic'])
+def test_many_requests_whose_rope_depends_on_their_length(by_length, name):
+    path, config, tensors = by_length[name]
+    rng = np.random.default_rng(2)
+    common = rng.integers(0, 256, 9).tolist()
+    prompts = [(common if i % 2 else []) + rng.integers(0, 256, 2 + 2 * i).tolist() for i in range(8)]
+    requests = [(p, SamplingParams(max_new_tokens=3 + i, logprobs=1)) for i, p in enumerate(prompts)]
+    done, scheduler = run_many(path, requests, 2, 30, 5, {'chunk': 16, 'block': 4}, arrivals=[2 * i for i in range(8)])
+    assert scheduler.shared_tokens
+    for request in done:
+        check_by_length(request, name, config, tensors)
 
 
 @pytest.mark.parametrize('chunk', [1, 2, 3, 7, 40, 41, 100])

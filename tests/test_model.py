@@ -17,8 +17,9 @@ from tpmpi.checkpoint import CheckpointReader
 from tpmpi.config import ModelConfig
 from tpmpi.kernels import reference as ops
 from tpmpi.kv_cache import KVCache, Ring
-from tpmpi.model import Step, forward, load_model, logits
-from tpmpi.sharding import shard
+from tpmpi.model import Step, forward, logits
+from tpmpi.model_shard import load_model
+from tpmpi.sharding import REPLICATED, shard, tensor_specs
 
 
 @pytest.fixture(scope='module')
@@ -33,10 +34,15 @@ def test_shards_give_the_whole_model_s_logits_with_one_all_reduce_after_c_and_on
     found = np.load(out)
     for name, (_, config, tensors) in models.items():
         np.testing.assert_allclose(found[name], expected[name], atol=3e-5 * np.abs(expected[name]).max())
-        per_layer = 1 if config.parallel_block else 2
         # one decode step: the embedding's, then the layers' all-reduces, each of one row of the hidden states
-        assert report[name]['calls'] == [['Allreduce', 4 * config.hidden_size]] * (1 + per_layer * config.num_layers)
-        whole = sum(4 * t.size for t in tensors.values() if t.ndim == 2)
+        row, calls = 4 * config.hidden_size, [['Allreduce', 4 * config.hidden_size]]
+        for layer in range(config.num_layers):
+            calls += [['Allreduce', 2 * 4]] * (config.qk_norm == 'all')  # sums of squares over all heads
+            calls += [['Allreduce', row]] * (not config.parallel_block)
+            calls += [['Allreduce', row + 4 * config.num_experts * config.has_experts(layer)]]  # with the choices
+        assert report[name]['calls'] == calls
+        copies = {n: size if spec.sharded == REPLICATED else 1 for n, spec in tensor_specs(config).items()}
+        whole = sum(4 * t.size * copies[n] for n, t in tensors.items() if t.ndim == 2)
         straddling = sum(report[name]['weights']) - whole
         kv_bytes = 2 * config.num_layers * config.head_dim * config.hidden_size * 4
         held = sum(len(shard(config, rank, size).kv_heads) for rank in range(size))
@@ -70,9 +76,10 @@ def test_shards_of_any_kind_give_the_logits_of_the_decoded_model(of_kinds, tmp_p
 def test_what_is_computed_side_by_side_may_differ_in_kind(of_kinds):
     with CheckpointReader(of_kinds['unlike'][0]) as reader:
         layer = load_model(reader, shard(tiny.GROUPS, 0, 2), ops).layers[0]
-    assert layer.qkv.kind == 'mixed' and [w.letter for w in layer.qkv.data] == ['W^Q', 'W^K', 'W^V']
-    assert layer.qkv.letter == 'W^Q W^K W^V' and layer.up.letter == 'W^C' and layer.up.kind != 'mixed'
-    assert layer.qkv.nbytes == 4 * 64 * 32 * (3 + 1 + 1)
+    qkv, up = layer.qkv.weight, layer.mlp.up.weight
+    assert qkv.kind == 'mixed' and [w.letter for w in qkv.data] == ['W^Q', 'W^K', 'W^V']
+    assert qkv.letter == 'W^Q W^K W^V' and up.letter == 'W^C' and up.kind != 'mixed'
+    assert qkv.nbytes == 4 * 64 * 32 * (3 + 1 + 1)
 
 
 @pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8', 'int4'])
@@ -89,8 +96,8 @@ def test_a_kind_chosen_at_loading_is_that_of_a_converted_file(tmp_path, weights,
         stored = load_model(reader, part, ops)
         assert reader.kind('layers/0/attn_out') == ('bfloat16' if head_dim == 16 and 'int' in weights else weights)
     for a, b in zip(chosen.layers, stored.layers, strict=True):
-        for name in ('qkv', 'attn_out', 'up', 'down'):
-            np.testing.assert_array_equal(getattr(a, name).data, getattr(b, name).data)
+        for one, other in zip(a.matrices, b.matrices, strict=True):
+            np.testing.assert_array_equal(one.data, other.data)
     np.testing.assert_array_equal(chosen.embedding.data, stored.embedding.data)
 
 
@@ -105,29 +112,57 @@ def test_weights_that_the_chosen_kind_cannot_hold_are_named(tmp_path):
 
 @st.composite
 def configs(draw):
-    kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    """Any facts together, far beyond what families have."""
+    def flag():
+        return draw(st.booleans())
+
+    kv_heads, group, half, layers = draw(st.tuples(*[st.integers(1, 4)] * 3, st.integers(1, 2)))
+    norm, gated = draw(st.sampled_from(['rms', 'layer', 'none'])), flag()
+    some_layers = st.lists(st.integers(0, layers - 1), unique=True).map(tuple)
+    window, theta = draw(st.sampled_from([None, 1, 5])), draw(st.sampled_from([None, 100.0, 1e4]))
+    facts = {}
+    if gated and flag():
+        facts |= {'num_experts': (n := draw(st.integers(1, 5))), 'experts_per_token': draw(st.integers(1, n)),
+                  'expert_ffn_size': draw(st.integers(1, 100)), 'normalize_experts': flag(), 'dense_layers': draw(some_layers),
+                  'shared_ffn_size': (shared := draw(st.sampled_from([0, 70]))), 'shared_gate': shared > 0 and flag()}
+    elif flag():
+        facts |= {'parallel_block': True, 'parallel_mlp_norm': flag()}
+    if 'parallel_block' not in facts:
+        facts |= {'post_norm': flag(), 'pre_norm': flag()}
+    if norm != 'none' and flag():
+        facts['qk_norm'] = draw(st.sampled_from(['head', 'all'] if norm == 'rms' else ['head']))
+    if theta is not None and flag():
+        turned = draw(st.integers(1, half))
+        facts |= {'rotary_dim': 2 * turned, 'rope_divisors': tuple(draw(st.floats(1, 8)) for _ in range(turned)),
+                  'rope_magnitude': draw(st.floats(0.5, 2)), 'nope_layers': draw(some_layers)}
+    if window is not None and flag():
+        facts |= {'window_layers': draw(some_layers), 'local_rope_theta': 300.0}
+    if flag():
+        facts |= {'embedding_multiplier': 3.0, 'residual_multiplier': 0.5, 'logit_multiplier': 2.0, 'attention_scale': 0.3,
+                  'attention_softcap': 1.5, 'logit_softcap': 4.0}
     return ModelConfig(
-        vocab_size=draw(st.integers(65, 300)), hidden_size=2 * draw(st.integers(2, 12)), num_layers=draw(st.integers(1, 2)),
-        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=2 * draw(st.integers(1, 4)),
-        ffn_size=draw(st.integers(1, 200)), max_positions=64, norm=draw(st.sampled_from(['rms', 'none'])),
-        residual=draw(st.booleans()), gated=True, parallel_block=draw(st.booleans()), tie_embeddings=draw(st.booleans()),
-        rope_theta=draw(st.sampled_from([None, 100.0, 1e4])), window=draw(st.sampled_from([None, 1, 5])))
+        vocab_size=draw(st.integers(65, 300)), hidden_size=2 * draw(st.integers(2, 12)), num_layers=layers,
+        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=2 * half,
+        ffn_size=draw(st.integers(1, 200)), max_positions=64, norm=norm, norm_bias=norm == 'layer' and flag(),
+        residual=flag(), gated=gated, tie_embeddings=flag(), rope_theta=theta, window=window, qkv_bias=flag(),
+        attn_out_bias=flag(), mlp_bias='num_experts' not in facts and flag(), head_bias=flag(),
+        learned_positions=draw(st.sampled_from([0, 64])), **facts)
 
 
 @settings(max_examples=25, deadline=None)
 @given(config=configs(), size=st.integers(1, 17), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-       seed=st.integers(0, 9))
-def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size, lengths, seed):
+       seed=st.integers(0, 9), context=st.sampled_from([None, 3]), sinks=st.integers(0, 4))
+def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size, lengths, seed, context, sinks):
     """Ranks are threads here; two requests share each step and the pool, in blocks of 3."""
     path = tmp_path_factory.mktemp('any') / 'model.h5'
     tensors = tiny.write_model(path, config, seed=seed)
     rng = np.random.default_rng(seed)
     requests = [rng.integers(0, config.vocab_size, sum(lengths)) for _ in range(2)]
-    expected = [tiny.oracle_logits(tensors, config, tokens) for tokens in requests]
+    expected = [tiny.oracle_logits(tensors, config, tokens, context, sinks) for tokens in requests]
 
     def work(comm):
         with CheckpointReader(path) as reader:
-            model = load_model(reader, shard(config, comm.rank, comm.size), ops)
+            model = load_model(reader, shard(config, comm.rank, comm.size), ops, context, sinks=sinks)
         each = -(-sum(lengths) // 3)
         cache = KVCache(config, model.shard, 2 * each, 3, ops)
         rings, start, parts = [Ring(np.arange(i, 2 * each, 2), 3) for i in range(2)], 0, []  # every other block
@@ -142,6 +177,35 @@ def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size
     found = np.concatenate(on_threads(size, work), axis=2)
     scale = max(np.abs(e).max() for e in expected)
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-4 * scale + 1e-5)
+
+
+@pytest.mark.parametrize('size', [2, 3])
+def test_where_ranks_choose_other_experts_rank_0_s_choice_counts(models, size):
+    """On every rank but 0 the router's scores are shaken, as on a CPU that rounds in another way, but for some tokens."""
+    path, config, tensors = models['experts']
+
+    def work(comm):
+        class Shaken:
+            def __getattr__(self, name):
+                return getattr(ops, name)
+
+            @staticmethod
+            def route(scores, count, normalize):
+                choice, shares = ops.route(scores, count, normalize)
+                if comm.rank:
+                    choice[::2] = np.sort((choice[::2] + 1 + comm.rank) % config.num_experts)
+                return choice, shares
+
+        with CheckpointReader(path) as reader:
+            model = load_model(reader, shard(config, comm.rank, comm.size), ops)
+        cache, ring = KVCache(config, model.shard, 3, 8, ops), Ring(np.arange(3), 8)
+        step = Step.of(TOKENS, (ring.segment(0, 0, len(TOKENS)),))
+        return logits(forward(step, model, cache, Shaken(), comm), model, ops), comm.traffic['all_reduce'].calls
+
+    found, calls = zip(*on_threads(size, work), strict=True)
+    expected = tiny.oracle_logits(tensors, config, TOKENS)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=3e-5 * np.abs(expected).max())
+    assert set(calls) == {1 + 2 * config.num_layers + 2}, 'once more in each of the two layers with experts'
 
 
 def test_the_literal_diagram_has_no_norm_no_residual_and_one_matrix_before_the_activation(models):

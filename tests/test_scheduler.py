@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpmpi.config import ConfigError
-from tpmpi.kv_cache import ring_positions
+from tpmpi.config import ConfigError, Rope
+from tpmpi.kv_cache import pinned_blocks, ring_blocks
 from tpmpi.sampling import SamplingParams
 from tpmpi.scheduler import BlockPool, Scheduler
 
@@ -17,9 +17,9 @@ class Cache:
 
     def __init__(self, num_blocks, block):
         self.slots, self.block = [None] * (num_blocks * block), block
-        self.tokens, self.computed, self.rings, self.computed_tokens = {}, {}, {}, 0
+        self.tokens, self.computed, self.rings, self.computed_tokens, self.turned = {}, {}, {}, 0, {}
 
-    def run(self, plan, window):
+    def run(self, plan, window, sinks=0, long_beyond=None):
         """Carry a plan out as an engine would; every query finds the keys of its own beginning."""
         for number, last, _ in plan.ended:
             self.tokens.setdefault(number, []).extend(last)
@@ -31,17 +31,23 @@ class Cache:
                 self.slots[target * self.block + i] = self.slots[source * self.block + i]
         for a in plan.admitted:
             self.tokens[a.number], self.computed[a.number], self.rings[a.number] = list(a.tokens), a.computed, []
+            self.turned[a.number] = long_beyond is not None and len(a.tokens) > long_beyond
         for w in plan.work:
             tokens, ring, start = self.tokens[w.number], self.rings[w.number], self.computed[w.number]
             tokens.extend(w.new_tokens)
             ring.extend(w.blocks)
-            where = [ring[p // self.block % len(ring)] * self.block + p % self.block for p in range(start + w.count)]
+            turned, pinned = self.turned[w.number], pinned_blocks(sinks, self.block)
+            assert long_beyond is None or turned == (len(tokens) > long_beyond), 'keys of a text that is long by now'
+            numbers = [p // self.block for p in range(start + w.count)]
+            numbers = [n if n < len(ring) else pinned + (n - pinned) % (len(ring) - pinned) for n in numbers]
+            where = [ring[n] * self.block + p % self.block for p, n in enumerate(numbers)]
             for p in range(start, start + w.count):
                 assert self.slots[where[p]] != ('taken', w.number)
-                self.slots[where[p]] = tuple(tokens[:p + 1])
+                self.slots[where[p]] = turned, *tokens[:p + 1]
             for p in range(start, start + w.count):
-                for seen in range(0 if window is None else max(0, p - window + 1), p + 1):
-                    assert self.slots[where[seen]] == tuple(tokens[:seen + 1]), (w, p, seen)
+                for seen in range(p + 1):
+                    if window is None or seen > p - window or seen < sinks:
+                        assert self.slots[where[seen]] == (turned, *tokens[:seen + 1]), (w, p, seen)
             self.computed[w.number] += w.count
             self.computed_tokens += w.count
 
@@ -59,9 +65,14 @@ def next_token(tokens):
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), num_blocks=st.integers(8, 24), block=st.sampled_from([1, 2, 4, 8]), chunk=st.integers(1, 20),
-       most=st.integers(1, 6), sharing=st.booleans(), copying=st.booleans(), window=st.sampled_from([None, None, 6]))
-def test_every_query_reads_its_own_beginning_and_all_finish(data, num_blocks, block, chunk, most, sharing, copying, window):
-    scheduler, cache = Scheduler(num_blocks, block, chunk, most, sharing, window, copying), Cache(num_blocks, block)
+       most=st.integers(1, 6), sharing=st.booleans(), copying=st.booleans(), window=st.sampled_from([None, None, 6]),
+       sinks=st.sampled_from([0, 3]), long_beyond=st.sampled_from([None, None, 9]))
+def test_every_query_reads_its_own_beginning_and_all_finish(data, num_blocks, block, chunk, most, sharing, copying, window, sinks,
+                                                            long_beyond):
+    sinks = sinks if window else 0
+    rope = None if long_beyond is None else Rope(1e4, 2, (), (2.0,), long_beyond)
+    scheduler = Scheduler(num_blocks, block, chunk, most, sharing, window, copying, sinks, rope)
+    cache = Cache(num_blocks, block)
     wanted = data.draw(st.lists(st.tuples(st.integers(0, 6), prompts(), st.integers(1, 9)), min_size=1, max_size=10))
     alive, outcome, steps = {}, {}, 0
     while wanted or alive:
@@ -71,11 +82,11 @@ def test_every_query_reads_its_own_beginning_and_all_finish(data, num_blocks, bl
                 sequence = scheduler.add(list(prompt), SamplingParams(max_new_tokens=new), 0)
                 alive[sequence.number] = (sequence, prompt, new)
             except ConfigError:
-                assert -(-ring_positions(len(prompt) + new, window, chunk) // block) > num_blocks
+                assert ring_blocks(len(prompt) + new, window, chunk, block, sinks)[0] > num_blocks
         plan = scheduler.plan()
         assert sum(w.count for w in plan.work) <= max(chunk, most) and len(scheduler.running) <= most
         assert bool(plan.work) or not alive, 'a request waits although nothing runs'
-        cache.run(plan, window)
+        cache.run(plan, window, sinks, long_beyond)
         for w in plan.work:
             sequence, prompt, new = alive[w.number]
             scheduler.computed(sequence, w.count)
@@ -86,12 +97,12 @@ def test_every_query_reads_its_own_beginning_and_all_finish(data, num_blocks, bl
                     outcome[w.number] = sequence.tokens
                     del alive[w.number]
         used = sum(len(s.blocks) - len(s.shared) for s in scheduler.running)
-        in_tree = sum(1 for _ in tree(scheduler.pool.root)) - 1
-        assert len(scheduler.pool.free) + in_tree + used == num_blocks
-        assert scheduler.pool.unused == sum(1 for b in tree(scheduler.pool.root) if not b.users) - 1
+        in_tree = [b for root in (scheduler.pool.root, scheduler.pool.long_root) for b in tree(root) if b is not root]
+        assert len(scheduler.pool.free) + len(in_tree) + used == num_blocks
+        assert scheduler.pool.unused == sum(not b.users for b in in_tree)
         steps += 1
         assert steps < 500
-    cache.run(scheduler.plan(), window)
+    cache.run(scheduler.plan(), window, sinks, long_beyond)
     for number, tokens in outcome.items():
         assert cache.tokens[number] == tokens  # all ranks know them
         expected = list(tokens)

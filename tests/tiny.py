@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 
@@ -21,7 +23,26 @@ PARALLEL = ModelConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4
                        tie_embeddings=True)
 GROUPS = ModelConfig(vocab_size=300, hidden_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=32, ffn_size=160,
                      ffn_block=64, max_positions=64)  # where integers fit everywhere, in a short last ffn block too
-CONFIGS = {'nine_heads': NINE_HEADS, 'literal': LITERAL, 'parallel': PARALLEL}
+STRETCHED = {'rope_divisors': (1.0, 1.5, 4.0), 'rope_magnitude': 1.25, 'rotary_dim': 6}
+POST_NORM = ModelConfig(vocab_size=300, hidden_size=40, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8, ffn_size=200,
+                        max_positions=64, pre_norm=False, post_norm=True, qk_norm='all', window=7, window_layers=(0, 2),
+                        nope_layers=(1,), query_growth=0.8, query_growth_positions=5, **STRETCHED)
+CAPPED = ModelConfig(vocab_size=300, hidden_size=36, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=10, ffn_size=130,
+                     max_positions=64, post_norm=True, qk_norm='head', activation='gelu_tanh', window=5, window_layers=(0, 1),
+                     local_rope_theta=500.0, attention_softcap=2.0, logit_softcap=3.0, attention_scale=0.4,
+                     embedding_multiplier=6.0, residual_multiplier=0.7, logit_multiplier=0.5, tie_embeddings=True)
+BIASED = ModelConfig(vocab_size=300, hidden_size=36, num_layers=2, num_heads=5, num_kv_heads=5, head_dim=8, ffn_size=200,
+                     max_positions=64, norm='layer', norm_bias=True, qk_norm='head', qk_norm_bias=True, gated=False,
+                     activation='gelu', qkv_bias=True, attn_out_bias=True, mlp_bias=True, head_bias=True, rope_theta=None,
+                     learned_positions=70, parallel_block=True, parallel_mlp_norm=True)
+EXPERTS = ModelConfig(vocab_size=300, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=100,
+                      max_positions=64, num_experts=6, experts_per_token=2, expert_ffn_size=130, normalize_experts=True,
+                      shared_ffn_size=70, shared_gate=True, dense_layers=(1,), qkv_bias=True)
+LONG_ROPE = dataclasses.replace(NINE_HEADS, rope_divisors=(1.0, 1.1, 1.2, 1.5), rope_long_divisors=(1.0, 2.0, 4.0, 8.0),
+                                rope_original_positions=24, rope_magnitude=1.1)
+DYNAMIC = dataclasses.replace(NINE_HEADS, rope_dynamic_factor=4.0, rope_original_positions=24)
+CONFIGS = {'nine_heads': NINE_HEADS, 'literal': LITERAL, 'parallel': PARALLEL, 'post_norm': POST_NORM, 'capped': CAPPED,
+           'biased': BIASED, 'experts': EXPERTS}
 
 
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -29,10 +50,10 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng, tensors = np.random.default_rng(seed), {}
     for name, spec in tensor_specs(config).items():
         if not spec.is_matrix:
-            tensors[name] = (1 + 0.1 * rng.standard_normal(spec.shape)).astype(np.float32)
+            tensors[name] = (('bias' not in name) + 0.1 * rng.standard_normal(spec.shape)).astype(np.float32)
             continue
         fan_in = spec.shape[0] if spec.transposed else spec.shape[1]
-        scale = 1.0 if name == 'embedding' else fan_in ** -0.5
+        scale = 1.0 if name.endswith('embedding') else fan_in ** -0.5
         tensors[name] = (scale * rng.standard_normal(spec.shape)).astype(np.float32)
     return tensors
 
@@ -92,61 +113,108 @@ def write_model(path, config: ModelConfig, kind: str = 'float32', seed: int = 0,
 # ---- the oracle
 
 
-def oracle_logits(tensors: dict[str, np.ndarray], config: ModelConfig, tokens, window: int | None = None) -> np.ndarray:
-    """All logits of a sequence, computed from whole tensors in float64 with loops.  [tokens, vocab]"""
+def oracle_logits(tensors: dict[str, np.ndarray], config: ModelConfig, tokens, window: int | None = None, sinks: int = 0,
+                  lengths=None) -> np.ndarray:
+    """All logits of a sequence, computed from whole tensors in float64 with loops.  [tokens, vocab]
+
+    window, sinks: what a run chooses: so many positions at most, and the first ones besides where that is what limits.
+    lengths: of the text as RoPE takes it at each position; None: all of it.
+    """
     w = {name: t.astype(np.float64) for name, t in tensors.items()}
-    windows = [x for x in (config.window, window) if x is not None]
-    window = min(windows, default=len(tokens))
     x = w['embedding'][np.asarray(tokens)]
+    if config.learned_positions:
+        x = x + w['position_embedding'][:len(tokens)]
+    x, lengths = x * config.embedding_multiplier, [len(tokens)] * len(tokens) if lengths is None else lengths
     for i in range(config.num_layers):
-        at = f'layers/{i}/'
-        a = _norm(x, w.get(at + 'attn_norm'), config.norm_eps)
-        c = _attention(a, w, at, config, window)
+        at, own = f'layers/{i}/', config.layer_window(i)
+        seen = min(v for v in (own, window, len(tokens)) if v is not None)
+        pinned = sinks if window is not None and (own is None or window < own) else 0
+        a = _norm(x, w, at + 'attn_norm', config)
+        c = _attention(a, w, at, config, i, seen, pinned, lengths) + w.get(at + 'attn_out_bias', 0)
         if config.parallel_block:
-            change = c + _mlp(a, w, at, config)
-            x = x + change if config.residual else change
-            continue
-        x = x + c if config.residual else c
-        e = _mlp(_norm(x, w.get(at + 'mlp_norm'), config.norm_eps), w, at, config)
-        x = x + e if config.residual else e
-    x = _norm(x, w.get('final_norm'), config.norm_eps)
-    return x @ (w['embedding'] if config.tie_embeddings else w['head']).T
+            a = _norm(x, w, at + 'mlp_norm', config) if config.parallel_mlp_norm else a
+            change = c + _mlp(a, w, at, config) + w.get(at + 'down_bias', 0)
+        else:
+            change = _norm(c, w, at + 'attn_post_norm', config)
+            x = x * config.residual + change * config.residual_multiplier
+            a = _norm(x, w, at + 'mlp_norm', config)
+            e = _experts(a, w, at, config) if config.has_experts(i) else _mlp(a, w, at, config) + w.get(at + 'down_bias', 0)
+            change = _norm(e, w, at + 'mlp_post_norm', config)
+        x = x * config.residual + change * config.residual_multiplier
+    x = _norm(x, w, 'final_norm', config)
+    y = (x @ (w['embedding'] if config.tie_embeddings else w['head']).T + w.get('head_bias', 0)) * config.logit_multiplier
+    return y if config.logit_softcap is None else config.logit_softcap * np.tanh(y / config.logit_softcap)
 
 
-def _norm(x, gain, eps):
-    return x if gain is None else x / np.sqrt((x ** 2).mean(-1, keepdims=True) + eps) * gain
+def _norm(x, w, name, config):
+    return x if name not in w else _normed(x, config) * w[name] + w.get(name + '_bias', 0)
 
 
-def _attention(a, w, at, config, window):
+def _normed(x, config):
+    if config.norm == 'layer':
+        x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.norm_eps)
+
+
+def _attention(a, w, at, config, layer, window, sinks, lengths):
     count, dim = len(a), config.head_dim
-    q = (a @ w[at + 'q'].T).reshape(count, config.num_heads, dim)
-    k = (a @ w[at + 'k'].T).reshape(count, config.num_kv_heads, dim)
-    v = (a @ w[at + 'v'].T).reshape(count, config.num_kv_heads, dim)
-    if config.rope_theta is not None:
-        q, k = (np.stack([_turn(row, p, config.rope_theta) for p, row in enumerate(x)]) for x in (q, k))
+    q, k, v = (a @ w[at + name].T + w.get(f'{at}{name}_bias', 0) for name in 'qkv')
+    if config.qk_norm == 'all':
+        q, k = _normed(q, config) * w[at + 'q_norm'], _normed(k, config) * w[at + 'k_norm']
+    q, k, v = q.reshape(count, config.num_heads, dim), k.reshape(count, -1, dim), v.reshape(count, -1, dim)
+    if config.qk_norm == 'head':
+        q, k = (_normed(x, config) * w[at + name].reshape(x.shape[1:]) + w.get(f'{at}{name}_bias', np.zeros(x[0].size)).reshape(
+            x.shape[1:]) for x, name in ((q, 'q_norm'), (k, 'k_norm')))
+    rope = config.layer_rope(layer)
+    if rope is not None:
+        q, k = (np.stack([_turn(row, p, rope, lengths[p]) for p, row in enumerate(x)]) for x in (q, k))
+    if config.query_growth:
+        q = q * (1 + config.query_growth * np.log(1 + np.arange(count) // config.query_growth_positions))[:, None, None]
     b = np.zeros((count, config.num_heads, dim))
     for p in range(count):
-        seen = range(max(0, p - window + 1), p + 1)
+        seen = [s for s in range(p + 1) if s > p - window or s < sinks]
         for head in range(config.num_heads):
             kv = head * config.num_kv_heads // config.num_heads
-            scores = np.array([q[p, head] @ k[s, kv] for s in seen]) / np.sqrt(dim)
+            scores = np.array([q[p, head] @ k[s, kv] for s in seen]) * config.scores_scale
+            if config.attention_softcap is not None:
+                scores = config.attention_softcap * np.tanh(scores / config.attention_softcap)
             weights = np.exp(scores - scores.max())
             b[p, head] = sum(x * v[s, kv] for x, s in zip(weights / weights.sum(), seen, strict=True))
     return b.reshape(count, -1) @ w[at + 'attn_out']
 
 
-def _turn(heads, position, theta):
-    """RoPE with complex numbers: pair i is the number x[i] + i x[i + dim/2], turned by position * theta^(-2i/dim)."""
-    half = heads.shape[-1] // 2
-    turned = (heads[:, :half] + 1j * heads[:, half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
-    return np.concatenate((turned.real, turned.imag), axis=-1)
+def _turn(heads, position, rope, length):
+    """RoPE with complex numbers: pair i is x[i] + i x[i + dim/2], turned by position * theta^(-2i/dim) / divisor."""
+    half, theta, divisors = rope.dim // 2, rope.theta, rope.divisors or 1
+    if rope.by_length and length > rope.original_positions:
+        factor, divisors = rope.dynamic_factor, rope.long_divisors or divisors
+        if factor > 1:
+            theta *= (factor * length / rope.original_positions - (factor - 1)) ** (rope.dim / (rope.dim - 2))
+    frequencies = theta ** (-np.arange(half) / half) / divisors
+    turned = (heads[:, :half] + 1j * heads[:, half:2 * half]) * np.exp(1j * position * frequencies) * rope.magnitude
+    return np.concatenate((turned.real, turned.imag, heads[:, 2 * half:]), axis=-1)
 
 
 def _mlp(a, w, at, config):
-    up = a @ w[at + 'up'].T
-    if config.gated:
-        gate = a @ w[at + 'gate'].T
-        return (gate / (1 + np.exp(-gate)) * up) @ w[at + 'down']
-    if config.activation == 'relu':
-        return np.maximum(up, 0) @ w[at + 'down']
-    return (0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up ** 3)))) @ w[at + 'down']
+    """W^C, the activation, W^D, without W^D's bias."""
+    up = a @ w[at + 'up'].T + w.get(at + 'up_bias', 0)
+    gate = a @ w[at + 'gate'].T + w.get(at + 'gate_bias', 0) if config.gated else up
+    d = {'silu': lambda x: x / (1 + np.exp(-x)), 'relu': lambda x: np.maximum(x, 0),
+         'gelu': lambda x: x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2,
+         'gelu_tanh': lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))}[config.activation](gate)
+    return (d * up if config.gated else d) @ w[at + 'down']
+
+
+def _experts(a, w, at, config):
+    """One token and one expert at a time."""
+    e = np.zeros_like(a)
+    for t, row in enumerate(a):
+        scores = np.exp(w[at + 'router'] @ row)
+        scores /= scores.sum()
+        chosen = sorted(range(config.num_experts), key=lambda i: -scores[i])[:config.experts_per_token]
+        total = sum(scores[i] for i in chosen) if config.normalize_experts else 1
+        e[t] = sum(scores[i] / total * _mlp(row, w, f'{at}experts/{i}/', config) for i in chosen)
+        if config.shared_ffn_size:
+            shared = _mlp(row, w, at + 'shared/', config)
+            e[t] += shared / (1 + np.exp(-w[at + 'shared/gate_by_token'][0] @ row)) if config.shared_gate else shared
+    return e

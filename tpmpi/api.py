@@ -91,13 +91,14 @@ class LLM:
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
-         kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, session=None, group=None,
-         tracing: bool = False) -> LLM:
+         kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0, session=None,
+         group=None, tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
-    context: positions that attention sees, older ones roll off; None holds the whole request.  threads: per rank, None
-    for a fair share of the cores.  kv: 'float32' or 'bfloat16' for the KV cache; None is bfloat16 with int8 and int4
-    weights, which it costs nothing (data/quality.py), and float32 otherwise.  verify: check the file's checksums.
+    context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
+    it sees besides (Xiao et al. 2024).  threads: per rank, None for a fair share of the cores.  kv: 'float32' or
+    'bfloat16' for the KV cache; None is bfloat16 with int8 and int4 weights, which it costs nothing (data/quality.py), and
+    float32 otherwise.  verify: check the file's checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
     'reference' (NumPy, CuPy), or 'auto'.  activations: 'bfloat16' rounds them before they meet bfloat16 weights.
     share_prefixes: prompts that begin alike are computed once.  group: the communicator of the ranks that share this copy
@@ -112,14 +113,14 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     from tpmpi import device as devices
     from tpmpi.checkpoint import CheckpointReader
     from tpmpi.engine import Engine
-    from tpmpi.model import load_model, matrix_kinds
+    from tpmpi.model_shard import load_model, matrix_kinds
     from tpmpi.sharding import shard
 
     comm = session.comm if group is None else group
 
     def open_all():
         run = RunConfig(context, chunk, block, share_prefixes, kv_dtype='float32' if kv is None else kv, device=device,
-                        verify=verify, weights=weights, kernels=kernels, activations=activations)
+                        verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks)
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')
@@ -136,8 +137,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     with reader:
         comm.synchronize, comm.staging = opened.synchronize, opened.staging
         part = shard(reader.config, comm.rank, comm.size)
-        ops = _kernels(session, run, opened, matrix_kinds(reader, weights))
-        model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights)
+        ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
+        model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks)
     _keep_freed_memory()
     tracer = None
     if tracing:
@@ -153,12 +154,12 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     return LLM(session, Engine(model, tokenizer, opened, ops, comm, run, on_phase), tracer)
 
 
-def _kernels(session, run: RunConfig, device, kinds: set[str]):
+def _kernels(session, run: RunConfig, device, config, kinds: set[str]):
     """The kernel set of this run, ready: one rank of each node compiles what its cache lacks, the others wait."""
     ops = session.agreed(_choose_kernels, session, run, device)
     if not hasattr(ops, 'needed'):
         return ops
-    needed = ops.needed(sorted(kinds), run.kv_dtype)
+    needed = ops.needed(config, sorted(kinds), run.kv_dtype)
     if session.local_rank == 0 and ops.missing(needed):
         log.info('compiling kernels for this CPU, once, into %s: about half a minute', ops.folder)
         session.agreed(ops.build, needed)

@@ -70,6 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--chunk', type=int, default=512, metavar='N', help='tokens of one step')
     p.add_argument('--no-prefix-sharing', action='store_true', help='compute equal beginnings of prompts again and again')
     p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
+    p.add_argument('--sinks', type=int, default=0, metavar='N', help='and the first N tokens besides, however long the text')
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=KV_DTYPES)
@@ -120,7 +121,7 @@ def facts_of(options: argparse.Namespace, model: Path, lines) -> dict:
     except OSError as e:
         raise ConfigError(f'{model}: {e.strerror}') from None
     names = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'seed', 'stop', 'ignore_eos', 'logprobs',
-             'prompt_logprobs', 'embeddings', 'context', 'kv', 'weights', 'activations')
+             'prompt_logprobs', 'embeddings', 'context', 'sinks', 'kv', 'weights', 'activations')
     return {'input': lines.facts, 'model': {'bytes': size, 'blake2b': digest.hexdigest()},
             'options': {name: getattr(options, name) for name in names}}
 
@@ -161,15 +162,15 @@ def load(s: session.Session, options: argparse.Namespace):
     """The model on this rank, as a part of its replica: (llm, the replica's communicator, its number)."""
     replica = s.comm.rank * options.replicas // s.comm.size
     group = s.comm.split(replica)
-    llm = api.load(options.model, context=options.context, device=options.device, kv=options.kv, chunk=options.chunk,
-                   verify=options.verify, weights=options.weights, kernels=options.kernels, activations=options.activations,
-                   share_prefixes=not options.no_prefix_sharing, session=s, group=group)
+    llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
+                   chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
+                   activations=options.activations, share_prefixes=not options.no_prefix_sharing, session=s, group=group)
     return llm, group, replica
 
 
 def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, group) -> int:
     """Blocks of the cache, equal on all ranks of a replica: what the memory given holds, and no more than can be used."""
-    from tpmpi.kv_cache import block_bytes, ring_positions
+    from tpmpi.kv_cache import block_bytes, ring_blocks
     from tpmpi.memory import free_bytes, kv_bytes_per_rank, resident_bytes
     engine, config = llm.engine, llm.config
     run, model = engine.run, engine.model
@@ -177,8 +178,8 @@ def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, 
     resident = sum(s.comm.exchange_on_node(resident_bytes())[1])
     given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, s.local_size, free_bytes(resident=resident)))
     each = block_bytes(config, model.shard, run.block, engine.ops, run.kv_dtype)
-    longest = max(config.max_positions, options.context or 0)
-    most = options.max_sequences * -(-ring_positions(longest, model.window, run.chunk) // run.block)
+    longest = max(config.max_positions, options.context or 0) + run.sinks + run.chunk
+    most = options.max_sequences * ring_blocks(longest, model.window, run.chunk, run.block, run.sinks)[0]
     blocks = min(group.exchange(min(most, given // each if each else most)))
 
     def check():

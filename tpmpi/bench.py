@@ -80,12 +80,11 @@ class Batch:
     def __init__(self, engine, size: int, prompt_tokens: int, new_tokens: int):
         import numpy as np
 
-        from tpmpi.kv_cache import KVCache, Ring, ring_positions
+        from tpmpi.kv_cache import KVCache, Ring, ring_blocks
         model, run = engine.model, engine.run
         self.prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (size, prompt_tokens))
         self.new_tokens = new_tokens
-        positions = ring_positions(prompt_tokens + new_tokens, model.window, run.chunk)
-        each = -(-positions // run.block)  # blocks
+        each, _ = ring_blocks(prompt_tokens + new_tokens, model.window, run.chunk, run.block)
         self.cache = KVCache(model.config, model.shard, size * each, run.block, engine.ops, run.kv_dtype, engine.device.xp)
         self.rings = [Ring(np.arange(i * each, (i + 1) * each), run.block) for i in range(size)]
 
@@ -103,7 +102,7 @@ def run_round(engine, batch: Batch) -> Round:
     for prompt, ring in zip(batch.prompts, batch.rings, strict=True):
         for at in range(0, depth, chunk):
             part = prompt[at:at + chunk]
-            hidden = forward(Step.of(part, (ring.segment(0, at, len(part)),)), model, batch.cache, ops, comm)
+            hidden = forward(Step.of(part, (ring.segment(0, at, len(part), depth),)), model, batch.cache, ops, comm)
         firsts.append(best_tokens(hidden[-1:], engine))
     tokens = [np.concatenate(firsts)]  # each [batch]
     prefill_seconds = perf_counter() - start
@@ -221,7 +220,7 @@ def weight_kinds(model) -> str:
         else:
             found[weight.kind] = found.get(weight.kind, 0) + weight.nbytes
 
-    for weight in [model.head, *(w for layer in model.layers for w in (layer.qkv, layer.attn_out, layer.up, layer.down))]:
+    for weight in (model.head.weight, *(w for layer in model.layers for w in layer.matrices)):
         add(weight)
     return '+'.join(sorted(found, key=lambda kind: -found[kind]))
 

@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 
 from tpmpi.config import ConfigError, RunConfig
-from tpmpi.kv_cache import KVCache, Ring, ring_positions
+from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks
 from tpmpi.model import ModelShard, Step, forward, logits
 from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
@@ -110,6 +110,7 @@ class Running:
     prompt_tokens: int
     computed: int  # of them are in the cache
     ring: Ring
+    length: int  # of the text, as RoPE takes it until more tokens are computed
 
 
 class Engine:
@@ -136,7 +137,8 @@ class Engine:
         self.cache = KVCache(model.config, model.shard, num_blocks, run.block, self.ops, run.kv_dtype, self.device.xp)
         if self.leads:
             copying = run.block % getattr(self.ops, 'SLOTS_TOGETHER', 1) == 0
-            self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.window, copying)
+            self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.window,
+                                       copying, run.sinks, self._stretched)
 
     # ---- requests, on rank 0
 
@@ -153,6 +155,8 @@ class Engine:
             raise ConfigError(
                 f'{len(tokens)} prompt tokens and {params.max_new_tokens} new ones are {total}; the model was trained for '
                 f'{config.max_positions}: shorten them, or let old ones roll off with --context {config.max_positions}')
+        if config.learned_positions and total > config.learned_positions:
+            raise ConfigError(f'{total} tokens; the model has learned {config.learned_positions} positions: ask for fewer')
         return Request(tokens, params, id)
 
     def add(self, request: Request, tokens: Iterable[int] = ()) -> None:
@@ -207,12 +211,25 @@ class Engine:
         for source, target in plan.copies:
             self.cache.copy_block(source, target)
         for a in plan.admitted:
-            self.running[a.number] = _running(a, self.run.block)
+            self.running[a.number] = self._running(a)
         for work in plan.work:
             sequence = self.running[work.number]
             sequence.tokens.extend(work.new_tokens)
             if work.blocks:
-                sequence.ring = Ring(np.append(sequence.ring.blocks, work.blocks), self.run.block)
+                sequence.ring = Ring(np.append(sequence.ring.blocks, work.blocks), self.run.block, sequence.ring.pinned)
+
+    def _running(self, a: Admission) -> Running:
+        """A request that begins.  Its prompt is as long as it is from the first token on, and a long text stays one."""
+        rope = self._stretched
+        long = rope is not None and rope.long_divisors and len(a.tokens) > rope.original_positions
+        ring = Ring(np.empty(0, np.int64), self.run.block, pinned_blocks(self.run.sinks, self.run.block))
+        return Running(a.params, a.noise, list(a.tokens), a.prompt_tokens, a.computed, ring,
+                       len(a.tokens) if long else a.prompt_tokens)
+
+    @property
+    def _stretched(self):
+        """The RoPE that depends on a text's length, if there is one."""
+        return next((rope for rope in self.model.ropes if rope.by_length), None)
 
     def _run(self, plan: Plan) -> str:
         """Compute a plan's tokens and choose the next ones.  Returns the phase that most of its tokens were in."""
@@ -220,7 +237,7 @@ class Engine:
         for work in plan.work:
             sequence = self.running[work.number]
             tokens += sequence.tokens[sequence.computed:sequence.computed + work.count]
-            segments.append(sequence.ring.segment(at, sequence.computed, work.count))
+            segments.append(sequence.ring.segment(at, sequence.computed, work.count, sequence.length))
             at += work.count
             if sequence.computed + work.count == len(sequence.tokens):
                 last_rows.append((at - 1, work.number))
@@ -338,12 +355,12 @@ class Engine:
     def _make_room(self, request: Request) -> None:
         """A cache for one request, if what is there is too small."""
         total = len(request.prompt_tokens) + request.params.max_new_tokens
-        positions = ring_positions(total, self.model.window, self.run.chunk)
-        if self.run.context is not None and total > self.run.context and not self.rolling_noted and self.leads:
+        run = self.run
+        if run.context is not None and total > run.context and not self.rolling_noted and self.leads:
             self.rolling_noted = True
-            log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d',
-                        total, self.run.context, self.run.context)
-        blocks = -(-positions // self.run.block)
+            log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d%s', total,
+                        run.context, run.context, f' and the first {run.sinks}' if run.sinks else '')
+        blocks, _ = ring_blocks(total, self.model.window, run.chunk, run.block, run.sinks)
         if self.cache is None or self.cache.num_blocks < blocks:
             self.allocate(blocks, 1)
 
@@ -359,7 +376,3 @@ class Engine:
             timing.decode_seconds = now - timing.prefill_seconds
             timing.all_reduce_seconds = traffic.seconds - timing.before_decode[0]
             timing.all_reduce_bytes = traffic.bytes - timing.before_decode[1]
-
-
-def _running(a: Admission, block: int) -> Running:
-    return Running(a.params, a.noise, list(a.tokens), a.prompt_tokens, a.computed, Ring(np.empty(0, np.int64), block))

@@ -1,7 +1,8 @@
 """The KV cache of a rank: one pool of blocks, and for each request a ring of block numbers.
 
 Position p of a request lies in block `ring[(p // block) mod len(ring)]`, slot `p mod block`.  Nothing grows and nothing
-is moved: what no longer fits is overwritten in place, oldest first.  A single request has the identity table; a batch
+is moved: what no longer fits is overwritten in place, oldest first.  Where the first tokens stay visible, their blocks are
+pinned and the others go round.  A single request has the identity table; a batch
 is many rings on one pool.
 
 The pool is [kv_heads/n, blocks, block, head_dim] per layer, heads first, so that the keys of a head in consecutive
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Segment:
     start: int  # position of the first of them
     ring: Ring
     slots: np.ndarray  # [rows] where the cache keeps each one's K and V
+    length: int = 0  # of the text at least, for a RoPE that depends on it
 
     @property
     def stop(self) -> int:
@@ -47,19 +48,13 @@ class Segment:
 
     @property
     def oldest(self) -> int:
-        """The first position that the ring still holds when these tokens are in it; all from there to stop - 1 are keys."""
-        return max(0, self.stop - self.ring.capacity)
+        """The first position that the ring still holds when these tokens are in it; of the pinned ones none counts."""
+        capacity = self.ring.capacity
+        return 0 if self.stop <= capacity else self.stop - capacity + self.ring.pinned * self.ring.block
 
-    @cached_property
-    def keys(self) -> slice | np.ndarray:
-        """Slots of the keys, in the order of their positions."""
-        if self.ring.contiguous and self.stop <= self.ring.capacity:
-            base = int(self.ring.blocks[0]) * self.ring.block
-            return slice(base, base + self.stop)
-        return self.ring.slots(np.arange(self.oldest, self.stop))
-
-    def tiles(self, window: int | None, max_scores: int) -> Iterator[tuple[slice, slice, np.ndarray | None]]:
-        """Runs of rows with the keys that they can see: (rows of the step, run of `keys`, hidden [rows, keys] or None).
+    def tiles(self, window: int | None, sinks: int, max_scores: int
+              ) -> Iterator[tuple[slice, slice | np.ndarray, int, np.ndarray | None]]:
+        """Runs of rows with the keys that they can see: rows of the step, slots, number of keys, hidden [rows, keys] or None.
 
         A run is so short that rows * keys stays under max_scores, where one row allows.
         """
@@ -69,36 +64,46 @@ class Segment:
             last = min(first + each, count)
             rows = slice(self.rows.start + first, self.rows.start + last)
             low = oldest if window is None else max(oldest, self.start + first - window + 1)
-            keys, hidden = slice(low - oldest, self.start + last - oldest), None
+            positions = np.concatenate((np.arange(min(sinks, low)), np.arange(low, self.start + last)))
+            hidden = None
             if last - first > 1:
                 queries = np.arange(self.start + first, self.start + last)[:, None]
-                positions = np.arange(low, self.start + last)
                 hidden = positions > queries
                 if window is not None:
-                    hidden |= positions <= queries - window
-            yield rows, keys, hidden
+                    hidden |= (positions <= queries - window) & (positions >= sinks)
+            slots = self.ring.slots(positions)
+            if (np.diff(slots) == 1).all():  # no copy is needed then
+                slots = slice(int(slots[0]), int(slots[-1]) + 1)
+            yield rows, slots, len(positions), hidden
 
 
 class Ring:
-    """The blocks of one request, and how positions map to them."""
+    """The blocks of one request, and how positions map to them.
 
-    def __init__(self, blocks: np.ndarray, block: int):
-        self.blocks, self.block = blocks, block
+    pinned: the first blocks, which are never overwritten; the others go round.
+    """
+
+    def __init__(self, blocks: np.ndarray, block: int, pinned: int = 0):
+        self.blocks, self.block, self.pinned = blocks, block, pinned
         self.capacity = len(blocks) * block
-        self.contiguous = bool((np.diff(blocks) == 1).all())
 
     def slots(self, positions: np.ndarray) -> np.ndarray:
         """The pool's slot of each position."""
-        return self.blocks[(positions // self.block) % len(self.blocks)] * self.block + positions % self.block
+        number = positions // self.block
+        if len(self.blocks) > self.pinned:
+            round_ = self.pinned + (number - self.pinned) % (len(self.blocks) - self.pinned)
+            number = np.where(number < self.pinned, number, round_)
+        return self.blocks[number] * self.block + positions % self.block
 
-    def segment(self, first_row: int, start: int, count: int) -> Segment:
+    def segment(self, first_row: int, start: int, count: int, length: int = 0) -> Segment:
         """Positions start … start + count - 1, in the step's rows from first_row on; their keys are written first.
 
         No key that an earlier query of the segment needs is overwritten as long as the ring holds
-        window + count - 1 positions.
+        window + count - 1 positions besides the pinned blocks.  length: of the text, as RoPE takes it, where that is more
+        than the positions so far.
         """
         assert 1 <= count <= self.capacity
-        return Segment(slice(first_row, first_row + count), start, self, self.slots(np.arange(start, start + count)))
+        return Segment(slice(first_row, first_row + count), start, self, self.slots(np.arange(start, start + count)), length)
 
 
 class KVCache:
@@ -130,3 +135,15 @@ def block_bytes(config: ModelConfig, shard: Shard, block: int, ops, kv_dtype: st
 def ring_positions(total: int, window: int | None, chunk: int) -> int:
     """Positions that a ring must hold for a request of `total` tokens, prefilled in chunks, seen through a window."""
     return total if window is None else min(total, window + min(chunk, total) - 1)
+
+
+def pinned_blocks(sinks: int, block: int) -> int:
+    """Blocks that hold the first tokens, which stay visible."""
+    return -(-sinks // block)
+
+
+def ring_blocks(total: int, window: int | None, chunk: int, block: int, sinks: int = 0) -> tuple[int, bool]:
+    """Blocks that a request of `total` tokens needs, and whether its ring goes round: old positions are overwritten then."""
+    whole = -(-total // block)
+    ring = -(-ring_positions(total, window, chunk) // block) + pinned_blocks(sinks, block)
+    return (ring, True) if window is not None and ring < whole else (whole, False)

@@ -7,56 +7,14 @@ lines that say `comm.all_reduce`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from tpmpi.config import ModelConfig
 from tpmpi.kv_cache import KVCache, LayerCache, Segment
-from tpmpi.sharding import Shard, TensorSpec, rank_rows, target_kind, tensor_specs
-from tpmpi.weights import Weight, decode, recode
-
-READ_BYTES = 2 << 20  # a matrix is read and packed in pieces of this size, so that no second copy of it ever exists
-
-
-@dataclass(frozen=True)
-class LayerShard:
-    """One layer's weights on this rank.  Norm gains are [hidden], on every rank, or None where the model has none."""
-
-    attn_norm: Any
-    qkv: Weight  # W^Q, W^K, W^V side by side  [hidden] -> [(heads + 2 kv_heads)/n * head_dim]
-    attn_out: Weight  # W^B  [heads/n * head_dim] -> [hidden]
-    mlp_norm: Any
-    up: Weight  # W^C, gate and up side by side where gated  [hidden] -> [ffn/n or 2 ffn/n]
-    down: Weight  # W^D  [ffn/n] -> [hidden]
-
-
-@dataclass(frozen=True)
-class ModelShard:
-    """All weights of this rank."""
-
-    config: ModelConfig
-    shard: Shard
-    embedding: Weight  # this rank's rows of the vocabulary
-    layers: tuple[LayerShard, ...]
-    final_norm: Any
-    head: Weight  # the embedding itself where they are tied
-    query_groups: tuple[range, ...]  # for each KV head held here, the query heads of this rank that read it
-    window: int | None  # how far attention looks back: the model's window, or a shorter one that the run chose
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Weight bytes that this rank reads to decode one token."""
-        matrices = [w for layer in self.layers for w in (layer.qkv, layer.attn_out, layer.up, layer.down)]
-        return self.head.nbytes + sum(w.nbytes for w in matrices)
-
-    @property
-    def nbytes(self) -> int:
-        """Weight bytes that this rank holds."""
-        return self.bytes_per_token + (0 if self.head is self.embedding else self.embedding.nbytes)
+from tpmpi.model_shard import MLP, Experts, LayerShard, ModelShard, Norm
 
 
 @dataclass(frozen=True)
@@ -65,25 +23,32 @@ class Step:
 
     tokens: Any  # [tokens] ids
     positions: Any  # [tokens] each one's place in its request
+    lengths: Any  # [tokens] of the text that each one stands in, as far as it goes or is known to go
     segments: tuple[Segment, ...]  # which rows belong together
     slots: Any  # [tokens] where K and V go
 
     @staticmethod
     def of(tokens: np.ndarray, segments: tuple[Segment, ...]) -> Step:
         """A step from token ids and their segments, in the order of the rows."""
-        positions = [np.arange(s.start, s.start + len(s.slots)) for s in segments]
-        return Step(tokens, np.concatenate(positions), segments, np.concatenate([s.slots for s in segments]))
+        positions = np.concatenate([np.arange(s.start, s.start + len(s.slots)) for s in segments])
+        known = np.repeat([s.length for s in segments], [len(s.slots) for s in segments])
+        slots = np.concatenate([s.slots for s in segments])
+        return Step(tokens, positions, np.maximum(known, positions + 1), segments, slots)
 
 
 def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
     """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank."""
     config = model.config
     x = ops.embed(step.tokens, model.embedding, model.shard.vocab)  # [tokens, hidden], zeros where others own the token
+    if model.position_embedding is not None:
+        x += ops.embed(step.positions, model.position_embedding, model.positions)
     comm.all_reduce(x)  # the vocabulary-parallel embedding, whole
-    rope = ops.rope_table(step.positions, config.head_dim, config.rope_theta) if config.rope_theta else None
+    if config.embedding_multiplier != 1:
+        x *= np.float32(config.embedding_multiplier)
+    ropes = [ops.rope_table(step.positions, step.lengths, rope) for rope in model.ropes]
     block = parallel_layer if config.parallel_block else decoder_layer
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x = block(x, layer, layer_cache, step, rope, model, ops, comm)
+        x = block(x, layer, layer_cache, step, None if layer.rope is None else ropes[layer.rope], model, ops, comm)
     return norm(x, model.final_norm, config, ops)
 
 
@@ -91,117 +56,144 @@ def decoder_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, mod
     """One transformer layer on this rank's shard.  x: [tokens, hidden], the same on every rank, before and after."""
     config = model.config
     a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
-    c = attention(a, layer, cache, step, rope, model, ops)  # C, this rank's part
+    c = attention(a, layer, cache, step, rope, model, ops, comm)  # C, this rank's part
     comm.all_reduce(c)  # C, whole
-    x = added(x, c, config)
+    c = biased(c, layer.attn_out.bias)
+    x = added(x, norm(c, layer.attn_post_norm, config, ops), config)
     a = norm(x, layer.mlp_norm, config, ops)  # [tokens, hidden]
-    e = mlp(a, layer, config, ops)  # E, this rank's part
-    comm.all_reduce(e)  # E, whole
-    return added(x, e, config)
+    if isinstance(layer.mlp, Experts):
+        e = mixture(a, layer.mlp, config, ops, comm)  # E, whole
+    else:
+        e = mlp(a, layer.mlp, config, ops)  # E, this rank's part
+        comm.all_reduce(e)  # E, whole
+        e = biased(e, layer.mlp.down.bias)
+    return added(x, norm(e, layer.mlp_post_norm, config, ops), config)
 
 
 def parallel_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
-    """A layer whose attention and MLP read the same A: C and E are summed first, and one all-reduce serves both."""
+    """A layer whose attention and MLP read the same x: C and E are summed first, and one all-reduce serves both."""
     config = model.config
     a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
-    c = attention(a, layer, cache, step, rope, model, ops)  # C, this rank's part
-    e = mlp(a, layer, config, ops)  # E, this rank's part
+    c = attention(a, layer, cache, step, rope, model, ops, comm)  # C, this rank's part
+    e = mlp(norm(x, layer.mlp_norm, config, ops) if layer.mlp_norm else a, layer.mlp, config, ops)  # E, this rank's part
     c += e
     comm.all_reduce(c)  # C + E, whole
-    return added(x, c, config)
+    return added(x, biased(biased(c, layer.attn_out.bias), layer.mlp.down.bias), config)
 
 
-def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops):
+def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
     """This rank's heads.  [tokens, hidden] -> [tokens, hidden], a part of the sum C."""
-    heads, head_dim = len(model.shard.heads), model.config.head_dim
-    qkv = ops.linear(a, layer.qkv)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
-    q = ops.rope_append(qkv, heads, head_dim, rope, cache, step.slots)  # Q turned; K, V into the ring
-    b = ops.attend(q, cache, model.query_groups, step.segments, model.window)  # B  [tokens, heads/n * head_dim]
-    return ops.linear(b, layer.attn_out)  # C, partial
+    config, heads = model.config, len(model.shard.heads)
+    qkv = biased(ops.linear(a, layer.qkv.weight), layer.qkv.bias)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
+    if config.qk_norm != 'none':
+        qk_norm(qkv, layer, model, ops, comm)
+    q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots)  # Q turned; K, V into the ring
+    if config.query_growth:
+        q *= grown(step.positions, config, ops)[:, None, None]
+    b = ops.attend(q, cache, model.query_groups, step.segments, layer.window, config.scores_scale, config.attention_softcap,
+                   layer.sinks)  # B  [tokens, heads/n * head_dim]
+    return ops.linear(b, layer.attn_out.weight)  # C, partial
 
 
-def mlp(a, layer: LayerShard, config: ModelConfig, ops):
+def grown(positions, config: ModelConfig, ops):
+    """How much larger the scores of queries are at positions beyond the first query_growth_positions.  [tokens]"""
+    xp = ops.namespace(positions)
+    return (1 + config.query_growth * xp.log(1 + positions // config.query_growth_positions)).astype(xp.float32)
+
+
+def qk_norm(qkv, layer: LayerShard, model: ModelShard, ops, comm) -> None:
+    """Q and K through their norms, in place: each head by itself, or over all heads of all ranks."""
+    config, shard, dim = model.config, model.shard, model.config.head_dim
+    queries, keys = len(shard.heads) * dim, len(shard.kv_heads) * dim
+    runs = range(queries), range(queries, queries + keys)
+    if config.qk_norm == 'head':
+        for run, heads, part in zip(runs, (shard.heads, shard.kv_heads), (layer.q_norm, layer.k_norm), strict=True):
+            ops.norm_heads(qkv[:, run.start:run.stop], len(heads), dim, config.norm, part.gain, part.bias, config.norm_eps)
+        return
+    skipped = (len(shard.kv_heads) - len(shard.owned_kv_heads)) * dim  # of K, columns that the rank before counts
+    squares = ops.head_squares(qkv, (runs[0], runs[1][skipped:]))  # [tokens, 2], this rank's part
+    comm.all_reduce(squares)  # over all heads
+    for run, heads, i, part in ((runs[0], config.num_heads, 0, layer.q_norm), (runs[1], config.num_kv_heads, 1, layer.k_norm)):
+        factor = 1 / (squares[:, i] / np.float32(heads * dim) + np.float32(config.norm_eps)) ** np.float32(0.5)
+        ops.scale_columns(qkv, run, factor, part.gain)
+
+
+def mlp(a, weights: MLP, config: ModelConfig, ops):
     """This rank's ffn columns.  [tokens, hidden] -> [tokens, hidden], a part of the sum E."""
-    d = ops.linear(a, layer.up)  # through W^C
+    d = biased(ops.linear(a, weights.up.weight), weights.up.bias)  # through W^C
     if config.gated:
         d = ops.gated_activation(d, config.activation)  # D  [tokens, ffn/n]
     else:
         d = ops.activate(d, config.activation)  # D  [tokens, ffn/n]
-    return ops.linear(d, layer.down)  # E, partial
+    return ops.linear(d, weights.down.weight)  # E, partial
+
+
+def mixture(a, weights: Experts, config: ModelConfig, ops, comm):
+    """The experts that each token is sent to, and the shared one.  [tokens, hidden] -> [tokens, hidden], E, whole.
+
+    Every rank chooses by itself, and computes its columns of each chosen expert.  CPUs of different kinds can differ in
+    the last bit and so in a choice; the all-reduce of E counts the choices, too, and where not all agree rank 0's counts.
+    """
+    xp, hidden = ops.namespace(a), a.shape[1]
+    scores = ops.linear(a, weights.router)  # [tokens, experts]
+    choice, shares = ops.route(scores, config.experts_per_token, config.normalize_experts)  # [tokens, k] both
+    parts = expert_parts(a, choice, shares, weights, config, ops)  # E, this rank's part, and choices
+    comm.all_reduce(parts)  # E, whole, and how many ranks chose each expert
+    counts = parts[:, hidden:]
+    rows = xp.flatnonzero(((counts != 0) & (counts != comm.size)).any(axis=1))  # the same on every rank, as the sums are
+    if len(rows):
+        agreed = choice[rows], shares[rows]
+        for array in agreed:
+            comm.broadcast(array)
+        again = expert_parts(a[rows], *agreed, weights, config, ops)
+        comm.all_reduce(again)  # E of the tokens in dispute
+        parts[rows] = again
+    return xp.ascontiguousarray(parts[:, :hidden])
+
+
+def expert_parts(a, choice, shares, weights: Experts, config: ModelConfig, ops):
+    """A part of the sum E, and beside it a one for each expert that a token is sent to.  [tokens, hidden + experts]"""
+    xp = ops.namespace(a)
+    e = ops.experts(a, choice, shares, weights.up, weights.down, config.activation)
+    if weights.shared is not None:
+        shared = mlp(a, weights.shared, config, ops)
+        e += shared if weights.shared_gate is None else shared * ops.sigmoid(ops.linear(a, weights.shared_gate))
+    chosen = xp.zeros((len(a), config.num_experts), xp.float32)
+    chosen[xp.arange(len(a))[:, None], choice] = 1
+    return xp.concatenate((e, chosen), axis=1)
+
+
+def biased(y, bias):
+    """y + bias, in place, where there is one."""
+    if bias is not None:
+        y += bias
+    return y
 
 
 def added(x, part, config: ModelConfig):
     """The residual sum, in place of `part`: a new array for it would take longer than the sum."""
+    if config.residual_multiplier != 1:
+        part *= np.float32(config.residual_multiplier)
     if config.residual:
         part += x
     return part
 
 
-def norm(x, gain, config: ModelConfig, ops):
+def norm(x, weights: Norm | None, config: ModelConfig, ops):
     """The model's norm, or x itself where the model has none."""
-    return x if gain is None else ops.rms_norm(x, gain, config.norm_eps)
+    if weights is None:
+        return x
+    if config.norm == 'layer':
+        return ops.layer_norm(x, weights.gain, weights.bias, config.norm_eps)
+    return ops.rms_norm(x, weights.gain, config.norm_eps)
 
 
 def logits(hidden, model: ModelShard, ops):
     """This rank's columns of the logits.  [tokens, hidden] -> [tokens, vocab/n]"""
-    return ops.linear(hidden, model.head)
-
-
-# ---- loading this rank's shard
-
-
-def matrix_kinds(reader, weights: str | None = None) -> set[str]:
-    """The kinds that a model's matrices have in memory; the arguments are load_model's."""
-    specs = tensor_specs(reader.config).values()
-    return {target_kind(spec, reader.kind(spec.name), weights) for spec in specs if spec.is_matrix}
-
-
-def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bool = False, xp=np,
-               weights: str | None = None) -> ModelShard:
-    """Read this rank's rows of every tensor straight into the kernels' layout.
-
-    reader: a model file that is open (its `config`, `kind(name)` and `read_rows(name, rows, verify)`).
-    context: positions that attention sees, at most; None sees all that the model sees.
-    weights: the kind of all matrices that can have it (see sharding.target_kind); None: as in the file.
-    """
-    config = reader.config
-    specs = tensor_specs(config)
-
-    def matrix(*names: str) -> Weight:
-        """The rows of one stored matrix, or of several side by side; one packed matrix for each run of equal kinds."""
-        parts = [(specs[name], target_kind(specs[name], reader.kind(name), weights)) for name in names]
-        return ops.join([packed([spec for spec, _ in run], kind) for kind, run in groupby(parts, lambda part: part[1])])
-
-    def packed(parts: list[TensorSpec], kind: str) -> Weight:
-        rows = [rank_rows(spec, shard) for spec in parts]
-        letter = ' '.join(dict.fromkeys(spec.letter for spec in parts))
-        weight = ops.new_weight(sum(map(len, rows)), config.hidden_size, parts[0].transposed, kind, letter, xp)
-        at = 0
-        for spec, run in zip(parts, rows, strict=True):
-            for piece in pieces(run, spec.unit):
-                stored = reader.read_rows(spec.name, piece, verify)
-                try:
-                    ops.fill(weight, at, recode(stored, kind))
-                except ValueError as e:  # what the kind cannot hold
-                    raise ValueError(f'tensor {spec.name} as {kind}: {e}') from e
-                at += len(piece)
-        return weight
-
-    def pieces(rows: range, unit: int) -> Iterator[range]:
-        step = unit * max(1, READ_BYTES // (4 * config.hidden_size * unit))  # whole units: no checksum and no group is cut
-        return (rows[i:i + step] for i in range(0, len(rows), step))
-
-    def gain(name: str):
-        return xp.asarray(decode(reader.read_rows(name, range(*specs[name].shape), verify))) if name in specs else None
-
-    embedding = matrix('embedding')
-    head = embedding if config.tie_embeddings else matrix('head')
-    layers = []
-    for i in range(config.num_layers):
-        at = f'layers/{i}/'
-        up = (at + 'gate', at + 'up') if config.gated else (at + 'up',)
-        layers.append(LayerShard(gain(at + 'attn_norm'), matrix(at + 'q', at + 'k', at + 'v'), matrix(at + 'attn_out'),
-                                 gain(at + 'mlp_norm'), matrix(*up), matrix(at + 'down')))
-    windows = [w for w in (config.window, context) if w is not None]
-    return ModelShard(config, shard, embedding, tuple(layers), gain('final_norm'), head,
-                      shard.query_groups(config), min(windows, default=None))
+    config = model.config
+    y = biased(ops.linear(hidden, model.head.weight), model.head.bias)
+    if config.logit_multiplier != 1:
+        y *= np.float32(config.logit_multiplier)
+    if config.logit_softcap is not None:
+        y = ops.softcap(y, config.logit_softcap)
+    return y

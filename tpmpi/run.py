@@ -48,6 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--seed', type=int, default=0, help='the same seed gives the same text')
     p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; may be repeated')
     p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
+    p.add_argument('--sinks', type=int, default=0, metavar='N', help='and the first N tokens besides, however long the text')
     p.add_argument('--kv', choices=('float32', 'bfloat16'),
                    help='element type of the KV cache (default: bfloat16 with int8 and int4 weights, else float32)')
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
@@ -163,8 +164,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
         sampling['max_new_tokens'] = options.max_new_tokens
     s.agreed(SamplingParams, **sampling)  # a bad value is told before a large model is read
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
-    llm = api.load(options.model, context=options.context, device=options.device, kv=options.kv, chunk=options.chunk,
-                   verify=options.verify, weights=options.weights, kernels=options.kernels,
+    llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
+                   chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
                    activations=options.activations, session=s, tracing=options.trace)
     first, config = s.comm.rank == 0, llm.config
     log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from tpmpi.config import ConfigError
-from tpmpi.kv_cache import ring_positions
+from tpmpi.config import ConfigError, Rope
+from tpmpi.kv_cache import ring_blocks
 from tpmpi.sampling import SamplingParams
 
 PARTIAL_CHOICES = 8  # blocks that are looked at for a beginning in common, where no whole block fits
@@ -36,6 +36,7 @@ class BlockPool:
         self.num_blocks, self.block = num_blocks, block
         self.free = list(range(num_blocks - 1, -1, -1))
         self.root = Block(-1, (), None)
+        self.long_root = Block(-1, (), None)  # of keys that were turned as those of long texts are
         self.idle: OrderedDict[Block, None] = OrderedDict()  # leaves without users, the one longest unused first
         self.unused = 0  # blocks of the tree without users
 
@@ -80,17 +81,17 @@ class BlockPool:
         self.unused -= 1
         self.free.append(block.number)
         parent = block.parent
-        if parent is not self.root and not parent.users and not parent.children:
+        if parent.parent is not None and not parent.users and not parent.children:
             self.idle[parent] = None
             self.idle.move_to_end(parent, last=False)  # unused at least as long
 
-    def match(self, tokens: list[int], most: int) -> tuple[list[Block], Block | None, int, bool]:
+    def match(self, tokens: list[int], most: int, root: Block | None = None) -> tuple[list[Block], Block | None, int, bool]:
         """What the tree holds of a beginning of at most `most` tokens.
 
         Returns the whole blocks; the computed block that agrees for some tokens more, and how many these are; and
         whether there would be clearly more if another request had been computed.
         """
-        found, node, at = [], self.root, 0
+        found, node, at = [], root or self.root, 0
         while at + self.block <= most:
             child = node.children.get(tuple(tokens[at:at + self.block]))
             if child is None:
@@ -126,6 +127,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     shared: list[Block] = field(default_factory=list)  # the first of them, as far as they are in the tree
     sent: int = 0  # tokens that all ranks know
+    root: Block | None = None  # of the tree that its blocks belong to; None: nobody can share them
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,10 @@ class Scheduler:
     """The queue and the running requests of one replica."""
 
     def __init__(self, num_blocks: int, block: int, chunk: int, max_sequences: int, sharing: bool = True,
-                 window: int | None = None, copying: bool = True):
+                 window: int | None = None, copying: bool = True, sinks: int = 0, rope: Rope | None = None):
         self.pool, self.block, self.chunk, self.max_sequences = BlockPool(num_blocks, block), block, chunk, max_sequences
-        self.sharing, self.window, self.copying = sharing, window, copying
+        self.sharing, self.window, self.copying, self.sinks = sharing, window, copying, sinks
+        self.rope = rope if rope is not None and rope.by_length else None  # what turns keys in other ways in longer texts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by age
         self.ended: list[tuple[int, tuple[int, ...], str]] = []
@@ -183,13 +186,12 @@ class Scheduler:
         tokens: of the prompt, and what an earlier run has generated; prompt_tokens: how many are the prompt's, 0 for all.
         """
         total = (prompt_tokens or len(tokens)) + params.max_new_tokens
-        positions = ring_positions(total, self.window, self.chunk)
-        needed = -(-positions // self.block)
+        needed, rolls = ring_blocks(total, self.window, self.chunk, self.block, self.sinks)
         if needed > self.pool.num_blocks:
             raise ConfigError(f'{total} tokens need {needed} blocks of {self.block} positions in the KV cache, which has '
                               f'{self.pool.num_blocks}: give it more memory (--kv-memory), or ask for fewer tokens')
         sequence = Sequence(self.numbers, tokens, params, noise, prompt_tokens or len(tokens),
-                            needed if positions < total else None)
+                            needed if rolls else None)
         self.numbers += 1
         self.waiting.append(sequence)
         return sequence
@@ -198,8 +200,11 @@ class Scheduler:
         """The next step: a token of each request that decodes, and prompts in what is left of the step's tokens."""
         ended, self.ended = tuple(self.ended), []
         dropped: list[int] = []
+        restarted: list[int] = []
         work: list[Work] = []
         budget = max(self.chunk, len(self.running))
+        for sequence in [s for s in self.running if s.root is self.pool.root and self._is_long(s)]:
+            self._send_back(sequence, restarted)  # all its keys are turned in another way from now on
         for sequence in sorted(self.running, key=lambda s: len(s.tokens) - s.computed > 1):  # those that decode come first
             if budget and sequence in self.running:
                 count = min(len(sequence.tokens) - sequence.computed, budget)
@@ -223,7 +228,7 @@ class Scheduler:
             count = min(len(sequence.tokens) - sequence.computed, budget)
             work.append(self._work(sequence, tuple(sequence.blocks), count))
             budget -= count
-        return Plan(ended, tuple(dropped), tuple(admitted), tuple(copies), tuple(work), rest=not work)
+        return Plan(ended, tuple(restarted + dropped), tuple(admitted), tuple(copies), tuple(work), rest=not work)
 
     def _work(self, sequence: Sequence, blocks: tuple[int, ...], count: int) -> Work:
         new, sequence.sent = tuple(sequence.tokens[sequence.sent:]), len(sequence.tokens)
@@ -232,7 +237,7 @@ class Scheduler:
     def computed(self, sequence: Sequence, count: int) -> None:
         """So many tokens more are in the cache: blocks that they fill can be shared from now on."""
         sequence.computed += count
-        if not self.sharing or sequence.ring_blocks is not None:
+        if not self.sharing or sequence.ring_blocks is not None or sequence.root is None:
             return
         for i in range(len(sequence.shared)):
             if not sequence.shared[i].filled and (i + 1) * self.block <= sequence.computed:
@@ -263,11 +268,12 @@ class Scheduler:
         It waits as well while another request computes a beginning that both have.
         """
         copying, most = self.copying if copying is None else copying, 0
-        if self.sharing and not sequence.params.prompt_logprobs:
+        sequence.root = self._root_of(sequence)
+        if self.sharing and sequence.root is not None and not sequence.params.prompt_logprobs:
             most = len(sequence.tokens) - 1  # one token at least is computed, for its logits
         if sequence.ring_blocks is not None:
             most = min(most, self.chunk, (sequence.ring_blocks - 1) * self.block)
-        found, partial, common, wait = self.pool.match(sequence.tokens, most)
+        found, partial, common, wait = self.pool.match(sequence.tokens, most, sequence.root)
         if wait:
             return None
         if not copying:
@@ -290,14 +296,32 @@ class Scheduler:
         sequence.blocks, sequence.shared = [block.number for block in kept] + numbers, list(kept)
         sequence.computed = (len(kept) + len(sources) - (partial is not None)) * self.block + common
         self.shared_tokens += sequence.computed
-        if self.sharing and sequence.ring_blocks is None:
+        if self.sharing and sequence.ring_blocks is None and sequence.root is not None:
             for at in range(len(kept), len(sequence.tokens) // self.block):
-                parent = sequence.shared[-1] if at else self.pool.root
+                parent = sequence.shared[-1] if at else sequence.root
                 tokens = tuple(sequence.tokens[at * self.block:(at + 1) * self.block])
                 if tokens in parent.children:  # all of the prompt is there, but its last token is to be computed
                     break
                 sequence.shared.append(self.pool.add(parent, tokens, numbers[at - len(kept)], filled=False))
         return list(zip([block.number for block in sources], numbers, strict=False))
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        """Whether a text is beyond the length where LongRoPE's other divisors begin."""
+        return self.rope is not None and bool(self.rope.long_divisors) and len(sequence.tokens) > self.rope.original_positions
+
+    def _root_of(self, sequence: Sequence) -> Block | None:
+        """The tree of those whose keys are turned alike; where theta grows with the text nobody's are."""
+        if self.rope is not None and self.rope.dynamic_factor > 1:
+            total = sequence.prompt_tokens + sequence.params.max_new_tokens
+            return self.pool.root if total <= self.rope.original_positions else None
+        return self.pool.long_root if self._is_long(sequence) else self.pool.root
+
+    def _send_back(self, sequence: Sequence, dropped: list[int]) -> None:
+        """A running request goes to the head of the queue, to be computed again."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+        dropped.append(sequence.number)
 
     def _grow(self, sequence: Sequence, length: int, dropped: list[int]) -> tuple[int, ...]:
         """Blocks more for so many tokens; whoever came last goes back to the queue where there are none."""
@@ -308,10 +332,7 @@ class Scheduler:
                 sequence.blocks.append(self.pool.take())
                 continue
             last = self.running[-1]
-            self.running.remove(last)
-            self._give_back(last)
-            self.waiting.appendleft(last)
-            dropped.append(last.number)
+            self._send_back(last, dropped)
             self.preemptions += 1
             if last is sequence:
                 break

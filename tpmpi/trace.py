@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-STAGES = ('embedding', 'AllReduce(embedding)', 'A', 'Q', 'K', 'V', 'cache', 'B', 'C', 'AllReduce(C)', 'D', 'E',
+STAGES = ('embedding', 'AllReduce(embedding)', 'A', 'Q', 'AllReduce(Q)', 'K', 'V', 'cache', 'B', 'C', 'AllReduce(C)', 'D', 'E',
           'AllReduce(E)', 'logits')
 # the kernel's result that a stage is, by the letter of the weight it is computed with
-LINEAR_STAGES = {'W^Q W^K W^V': 'Q', 'W^B': 'C', 'W^C': 'D', 'W^D': 'E'}
+LINEAR_STAGES = {'W^Q W^K W^V': 'Q', 'W^B': 'C', 'W^C': 'D', 'W^D': 'E', 'E': 'E'}
 
 
 @dataclass
@@ -34,21 +34,21 @@ class Tracer:
         self.steps: dict[str, int] = {}
         self.last = ''
 
-    def timed(self, stage: str, function, arguments, nbytes: int = 0):
-        """Call a kernel and book its time."""
+    def timed(self, stage: str, function, arguments, nbytes: int = 0, is_result: bool = True):
+        """Call a kernel and book its time.  is_result: what it returns is what the stage gives, and not on the way to it."""
         start = perf_counter()
         result = function(*arguments)
         if self.synchronize is not None:
             self.synchronize()
-        self.book(stage, getattr(result, 'shape', ()), perf_counter() - start, nbytes)
+        self.book(stage, result.shape if is_result else (), perf_counter() - start, nbytes)
         return result
 
     def book(self, stage: str, shape, seconds: float = 0.0, nbytes: int = 0):
         """Add to a stage of the phase that is running."""
-        if stage == 'embedding':
+        if stage == 'embedding' != self.last:  # of the positions, it follows that of the tokens
             self.steps[self.phase] = self.steps.get(self.phase, 0) + 1
         entry = self.phases.setdefault(self.phase, {}).setdefault(stage, Stage())
-        entry.shape, entry.seconds, entry.bytes = tuple(shape), entry.seconds + seconds, entry.bytes + nbytes
+        entry.shape, entry.seconds, entry.bytes = tuple(shape) or entry.shape, entry.seconds + seconds, entry.bytes + nbytes
         entry.calls += 1
         self.last = stage
 
@@ -69,8 +69,24 @@ class _TracedOps:
     def rms_norm(self, x, gain, eps):
         return self._tracer.timed('A', self._ops.rms_norm, (x, gain, eps), x.nbytes)
 
+    def layer_norm(self, x, gain, bias, eps):
+        return self._tracer.timed('A', self._ops.layer_norm, (x, gain, bias, eps), x.nbytes)
+
+    def rope_table(self, positions, lengths, rope):
+        return self._tracer.timed('Q', self._ops.rope_table, (positions, lengths, rope), is_result=False)
+
+    def norm_heads(self, *arguments):
+        return self._tracer.timed('Q', self._ops.norm_heads, arguments, is_result=False)
+
+    def head_squares(self, qkv, runs):
+        return self._tracer.timed('Q', self._ops.head_squares, (qkv, runs), is_result=False)
+
+    def scale_columns(self, *arguments):
+        return self._tracer.timed('Q', self._ops.scale_columns, arguments, is_result=False)
+
     def linear(self, x, weight):
-        return self._tracer.timed(LINEAR_STAGES.get(weight.letter, 'logits'), self._ops.linear, (x, weight), weight.nbytes)
+        return self._tracer.timed(LINEAR_STAGES.get(weight.letter, 'logits'), self._ops.linear, (x, weight), weight.nbytes,
+                                  is_result=weight.letter != 'E')
 
     def rope_append(self, qkv, num_heads, head_dim, rope, cache, slots):
         tokens, kv_heads = len(qkv), len(cache.k)
@@ -82,16 +98,30 @@ class _TracedOps:
         self._tracer.book('cache', cache.k.shape, perf_counter() - start, written)
         return q
 
-    def attend(self, q, cache, groups, segments, window):
+    def attend(self, q, cache, groups, segments, window, scale, cap=None, sinks=0):
         seen = sum(s.stop - s.oldest for s in segments)
         nbytes = 2 * seen * len(cache.k) * q.shape[-1] * cache.k.itemsize
-        return self._tracer.timed('B', self._ops.attend, (q, cache, groups, segments, window), nbytes)
+        return self._tracer.timed('B', self._ops.attend, (q, cache, groups, segments, window, scale, cap, sinks), nbytes)
 
     def gated_activation(self, gate_up, kind):
         return self._tracer.timed('D', self._ops.gated_activation, (gate_up, kind))
 
     def activate(self, x, kind):
         return self._tracer.timed('D', self._ops.activate, (x, kind))
+
+    def route(self, scores, count, normalize):
+        return self._tracer.timed('E', self._ops.route, (scores, count, normalize), is_result=False)
+
+    def experts(self, a, choice, shares, up, down, kind):
+        read = len(set(choice.ravel().tolist())) / len(up.data)  # of the experts
+        return self._tracer.timed('E', self._ops.experts, (a, choice, shares, up, down, kind),
+                                  round(read * (up.nbytes + down.nbytes)))
+
+    def sigmoid(self, x):
+        return self._tracer.timed('E', self._ops.sigmoid, (x,), is_result=False)
+
+    def softcap(self, x, cap):
+        return self._tracer.timed('logits', self._ops.softcap, (x, cap))
 
 
 class _TracedComm:

@@ -6,7 +6,7 @@ import sys
 from tpmpi.checkpoint import CheckpointReader
 from tpmpi.comm import Communicator
 from tpmpi.kernels import reference
-from tpmpi.model import load_model
+from tpmpi.model_shard import load_model
 from tpmpi.sharding import shard
 
 

@@ -14,7 +14,8 @@ from tpmpi.checkpoint import CheckpointReader
 from tpmpi.comm import Communicator
 from tpmpi.kernels import reference as ops
 from tpmpi.kv_cache import KVCache, Ring
-from tpmpi.model import Step, forward, load_model, logits
+from tpmpi.model import Step, forward, logits
+from tpmpi.model_shard import load_model
 from tpmpi.sharding import shard
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 23)

@@ -16,7 +16,7 @@ from numba import prange
 
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
-from tpmpi.kernels.rows import row_exp, row_max
+from tpmpi.kernels.rows import row_cap, row_exp, row_max
 from tpmpi.kernels.tiles import LANES, PER_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
@@ -26,36 +26,48 @@ f32 = np.float32
 
 
 @helper
-def runs_of(blocks, block, oldest, stop):
-    """Runs of consecutive slots that hold the positions oldest … stop - 1: [runs, 3] first slot, length, first position."""
-    runs = np.empty((stop // block - oldest // block + 1, 3), np.int64)
-    n, at = 0, oldest
+def runs_of(blocks, pinned, block, sinks, oldest, stop):
+    """Runs of consecutive slots that hold the positions below `sinks` and from `oldest` to stop - 1, ascending.
+
+    [runs, 3] first slot, length, first position.  blocks, pinned: see kv_cache.Ring.
+    """
+    first = min(sinks, oldest)  # positions before a gap
+    runs = np.empty((stop // block - oldest // block + first // block + 2, 3), np.int64)
+    n, at, moving = 0, 0 if first > 0 else oldest, len(blocks) - pinned
     while at < stop:
-        slot, count = blocks[at // block % len(blocks)] * block + at % block, min(block - at % block, stop - at)
-        if n and slot == runs[n - 1, 0] + runs[n - 1, 1]:
+        number = at // block
+        if number >= pinned and moving > 0:
+            number = pinned + (number - pinned) % moving
+        slot, count = blocks[number] * block + at % block, min(block - at % block, (first if at < first else stop) - at)
+        if n and slot == runs[n - 1, 0] + runs[n - 1, 1] and at == runs[n - 1, 2] + runs[n - 1, 1]:
             runs[n - 1, 1] += count
         else:
             runs[n, 0], runs[n, 1], runs[n, 2] = slot, count, at
             n += 1
         at += count
+        if at == first:
+            at = oldest
     return runs[:n].copy()
 
 
 @helper
-def pieces_of(runs, low, high):
-    """The parts of the runs with positions low … high - 1: [pieces, 4] column of the scores, position, keys, first slot.
+def pieces_of(runs, sinks, low, high):
+    """The parts of the runs with positions below `sinks` and from low to high - 1, ascending.
 
-    A piece takes whole panels of 16 columns; the slot of a column is then the same modulo 16, whatever low is.
+    [pieces, 4] column of the scores, position, keys, first slot.  A piece takes whole panels of 16 columns; the slot of
+    a column is then the same modulo 16, whatever low is.
     """
-    pieces = np.empty((len(runs), 4), np.int64)
+    pieces = np.empty((2 * len(runs), 4), np.int64)
     n = width = 0
-    for run in range(len(runs)):
-        first, last = max(low, runs[run, 2]), min(high, runs[run, 2] + runs[run, 1])
-        if first < last:
-            slot = runs[run, 0] + first - runs[run, 2]
-            pieces[n, 0], pieces[n, 1], pieces[n, 2], pieces[n, 3] = width, first, last - first, slot
-            width += panels_of(slot, last - first) * LANES
-            n += 1
+    for part in range(0 if sinks > 0 else 1, 2):
+        begin, end = (0, min(sinks, low)) if part == 0 else (low, high)
+        for run in range(len(runs)):
+            first, last = max(begin, runs[run, 2]), min(end, runs[run, 2] + runs[run, 1])
+            if first < last:
+                slot = runs[run, 0] + first - runs[run, 2]
+                pieces[n, 0], pieces[n, 1], pieces[n, 2], pieces[n, 3] = width, first, last - first, slot
+                width += panels_of(slot, last - first) * LANES
+                n += 1
     return pieces[:n].copy(), width
 
 
@@ -66,16 +78,20 @@ def panels_of(slot, count):
 
 
 @helper
-def softmax_row(s, pieces, position, window):
+def softmax_row(s, pieces, position, window, cap, sinks):
     """exp(s - max) of the keys that a query sees, 0 elsewhere, in the scores' columns; returns 1 / sum."""
     hidden = f32(-np.inf)
+    at, panels = s.ctypes.data, len(s) // LANES
+    if cap > 0:
+        row_cap(at, panels, cap)
     for piece in range(len(pieces)):
         column, first, count, skip = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3] % LANES
+        kept = min(count, max(0, sinks - first))  # the window hides none of these
         low = min(count, max(0, position - window + 1 - first))
         high = max(low, min(count, position + 1 - first))
-        s[column:column + skip + low] = hidden
+        s[column:column + skip] = hidden
+        s[column + skip + kept:column + skip + max(kept, low)] = hidden
         s[column + skip + high:column + panels_of(pieces[piece, 3], count) * LANES] = hidden
-    at, panels = s.ctypes.data, len(s) // LANES
     total = row_exp(at, panels, row_max(at, panels))
     keep(s)
     return f32(1) / total
@@ -90,15 +106,14 @@ def _attention(kind: str):
         add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row)
 
     @inlined
-    def attend_block(q, k, v, head, heads, rows, first_row, position, window, runs, b):
+    def attend_block(q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, b):
         """`rows` queries from row first_row and position `position` on, all heads that read one KV head."""
         dim = q.shape[2]
         wide, even = -(-dim // LANES) * LANES, -(-dim // each) * each
-        low, high = max(runs[0, 2], position - window + 1), position + rows  # positions that some row sees
-        pieces, width = pieces_of(runs, low, high)
+        low, high = max(oldest, position - window + 1), position + rows  # positions that some row sees
+        pieces, width = pieces_of(runs, sinks, low, high)
         m = rows * heads
         x, s, out = np.zeros((m, even), np.float32), np.zeros((m, width), np.float32), np.zeros((m, wide), np.float32)
-        scale = f32(1) / np.sqrt(f32(dim))
         for row in range(rows):
             for h in range(heads):
                 for i in range(dim):
@@ -111,7 +126,7 @@ def _attention(kind: str):
                 sa + 4 * column, 4 * width)
         factor = np.empty(m, np.float32)
         for i in range(m):
-            factor[i] = softmax_row(s[i], pieces, position + i // heads, window)
+            factor[i] = softmax_row(s[i], pieces, position + i // heads, window, cap, sinks)
         for piece in range(len(pieces)):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             begin, end = slot // each * each, -(-last // each) * each
@@ -128,43 +143,43 @@ def _attention(kind: str):
         keep(v)
 
     @helper
-    def share(q, k, v, groups, table, blocks, block, window, b, t, threads):
+    def share(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, t, threads):
         """Every threads-th task from the t-th on; a task is a block of rows of a segment and a KV head."""
         largest, task = 1, 0
         for group in range(len(groups)):
             largest = max(largest, groups[group, 1] - groups[group, 0])
         for i in range(len(table)):
-            row, rows, start, ring = table[i, 0], table[i, 1], table[i, 2], blocks[table[i, 3]:table[i, 4]]
-            oldest = max(0, start + rows - len(ring) * block)
-            runs = runs_of(ring, block, oldest, start + rows)
+            row, rows, start, oldest, ring = table[i, 0], table[i, 1], table[i, 2], table[i, 3], blocks[table[i, 4]:table[i, 5]]
+            runs = runs_of(ring, table[i, 6], block, sinks, oldest, start + rows)
             each_block = max(FEWEST_ROWS, min(MOST_ROWS, SCORES // (largest * (start + rows - oldest))))
             for at in range(0, rows, each_block):
                 for group in range(len(groups)):
                     if task % threads == t:
                         attend_block(q, k[group], v[group], groups[group, 0], groups[group, 1] - groups[group, 0],
-                                     min(each_block, rows - at), row + at, start + at, window, runs, b)
+                                     min(each_block, rows - at), row + at, start + at, oldest, window, scale, cap, sinks, runs, b)
                     task += 1
 
     return share
 
 
 _float32, _bfloat16 = _attention('float32'), _attention('bfloat16')
-TYPES = 'i8[:, ::1], i8[:, ::1], i8[::1], i8, i8, f4[:, :, ::1], i8'
+TYPES = 'i8[:, ::1], i8[:, ::1], i8[::1], i8, i8, f4, f4, i8, f4[:, :, ::1], i8'
 
 
 @shared_kernel(f'void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], {TYPES})')
-def attend_float32(q, k, v, groups, table, blocks, block, window, b, threads):
+def attend_float32(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """B of a step.
 
-    groups: [kv_heads/n, 2] the run of query heads of each; table: [segments, 5] first row, rows, first position, and the
-    run of `blocks` that is the request's ring; block: slots in each of them; window: positions seen, at most.
+    groups: [kv_heads/n, 2] the run of query heads of each; table: [segments, 7] first row, rows, first position, oldest
+    position, the run of `blocks` that is the request's ring, and how many of these are pinned; block: slots in each of
+    them; window: positions seen, at most; scale, cap: of the scores, a cap of 0 is none; sinks: first positions seen besides.
     """
     for t in prange(threads):
-        _float32(q, k, v, groups, table, blocks, block, window, b, np.int64(t), threads)
+        _float32(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)
 
 
 @shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
-def attend_bfloat16(q, k, v, groups, table, blocks, block, window, b, threads):
+def attend_bfloat16(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """The same from a cache of bfloat16."""
     for t in prange(threads):
-        _bfloat16(q, k, v, groups, table, blocks, block, window, b, np.int64(t), threads)
+        _bfloat16(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)

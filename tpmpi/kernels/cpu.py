@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from tpmpi.kernels import attention, elementwise, jit, matrix_units, packing, products, reference
+from tpmpi.config import ModelConfig
+from tpmpi.kernels import attention, elementwise, jit, matrix_units, mixture, packing, products, reference
 from tpmpi.kernels.jit import HALVES
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
@@ -19,25 +20,37 @@ from tpmpi.weights import Stored, Weight
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.int8, 'int4': np.uint8}  # a panel seen as these
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
+ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
+NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
 
 
 class Kernels:
     """The operations for one rank.  threads: that share each product and each attention."""
 
     SLOTS_TOGETHER = LANES  # of the cache's layout: blocks that are multiples of it can be copied
-    rope_table = staticmethod(reference.rope_table)
-    top_k = staticmethod(reference.top_k)
+    rope_table, top_k = staticmethod(reference.rope_table), staticmethod(reference.top_k)
+    sigmoid, namespace = staticmethod(reference.sigmoid), staticmethod(reference.namespace)
 
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'
         self.segments, self.tables = None, None  # of the step that is running, as the attention takes them
         self.units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})  # for many rows, by kind of weight
 
-    def needed(self, kinds: Sequence[str], kv_dtype: str) -> list:
+    def needed(self, config: ModelConfig, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
-        found = [elementwise.rms_norm, elementwise.activate, elementwise.gated_activation, elementwise.log_sum_exp]
-        found += [elementwise.round_bfloat16] if self.rounded else []
-        found += [getattr(elementwise, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
+        e = elementwise
+        found = {'rms': [e.rms_norm], 'layer': [e.layer_norm], 'none': []}[config.norm]
+        found += {'head': [e.norm_heads], 'all': [e.head_squares, e.scale_columns], 'none': []}[config.qk_norm]
+        found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp]
+        found += [e.softcap] if config.logit_softcap is not None else []
+        found += [getattr(e, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
+        if config.num_experts:
+            found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(mixture.MULTIPLY[kind] for kind in kinds)]
+        return found + self.needed_for(kinds)
+
+    def needed_for(self, kinds: Sequence[str]) -> list:
+        """The compiled functions that matrices of these kinds need."""
+        found = [elementwise.round_bfloat16] if self.rounded else []
         found += [packing.touch] if self.threads > 1 else []
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
@@ -50,15 +63,21 @@ class Kernels:
 
     def new_weight(self, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=np) -> Weight:
         """An empty packed matrix for `rows` stored rows; `fill` puts them in, piece by piece."""
+        weights = self.new_experts(1, rows, hidden_size, transposed, kind, letter, xp)
+        return self.expert(weights, 0)
+
+    def new_experts(self, count: int, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=np) -> Weight:
+        """Empty packed matrices of one shape, one for each expert, as one Weight; `fill` fills each `expert` of it."""
         k, outputs = (rows, hidden_size) if transposed else (hidden_size, rows)
         if kind in PER_STEP:
             size = -(-k // PER_STEP[kind]) * LANES * 4
         else:
             assert k % GROUP == 0
             size = k // GROUP * GROUP_BYTES[kind]
-        data = np.zeros((-(-outputs // LANES), size), np.uint8)
+        data = np.zeros((count, -(-outputs // LANES), size), np.uint8)
         if self.threads > 1:
-            packing.touch(data, self.threads)
+            for matrix in data:
+                packing.touch(matrix, self.threads)
         return Weight(data, kind, letter, k, outputs)
 
     @staticmethod
@@ -70,7 +89,7 @@ class Kernels:
         pack = getattr(packing, f'pack_{stored.kind}')
         pack(np.ascontiguousarray(stored.data).view(values), *scales, transposed, at, weight.data.view(values))
 
-    join = staticmethod(reference.join)
+    expert, join = staticmethod(reference.expert), staticmethod(reference.join)
 
     # ---- the operations of a step
 
@@ -92,6 +111,41 @@ class Kernels:
         elementwise.rms_norm(x, gain, eps, y)
         return y
 
+    @staticmethod
+    def layer_norm(x, gain, bias, eps: float):
+        """(x - mean) / sqrt(variance + eps) * gain + bias; bias may be None.  [tokens, hidden] -> the same"""
+        y = np.empty_like(x)
+        elementwise.layer_norm(x, gain, NOTHING if bias is None else bias, eps, y)
+        return y
+
+    @staticmethod
+    def norm_heads(qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
+        """Each of the first `heads` heads of the fused projection, or a run of its columns, through a norm, in place."""
+        assert qkv.dtype == np.float32 and (qkv.strides[1] == 4 or qkv.size == 0) and qkv.shape[1] >= heads * head_dim
+        elementwise.norm_heads(qkv.__array_interface__['data'][0], qkv.strides[0], len(qkv), heads, head_dim, kind == 'layer',
+                               gain, NOTHING if bias is None else bias, eps)
+
+    @staticmethod
+    def head_squares(qkv, runs: Sequence[range]):
+        """The sum of squares of each of some runs of columns.  [tokens, columns] -> [tokens, runs]"""
+        y = np.empty((len(qkv), len(runs)), np.float32)
+        for column, run in enumerate(runs):
+            elementwise.head_squares(qkv, run.start, run.stop, y, column)
+        return y
+
+    @staticmethod
+    def scale_columns(qkv, run: range, factor, gain) -> None:
+        """A run of columns times a factor for each token and a gain for each column, in place.  factor: [tokens]"""
+        assert len(gain) == len(run)
+        elementwise.scale_columns(qkv, run.start, factor, gain)
+
+    @staticmethod
+    def softcap(x, cap: float):
+        """cap * tanh(x / cap).  [tokens, vocab/n], the same shape"""
+        y = np.empty_like(x)
+        elementwise.softcap(x, cap, y)
+        return y
+
     def linear(self, x, weight: Weight):
         """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
         if weight.kind == 'mixed':
@@ -100,11 +154,15 @@ class Kernels:
         if weight.in_features == 0:  # a rank without heads adds nothing
             y[:] = 0
         else:
-            if self.rounded and weight.kind == 'bfloat16':
-                x, given = np.empty_like(x), x
-                elementwise.round_bfloat16(given, x)
-            self._product(x, weight)(_even(x, weight), weight.data, y, self.threads)
+            self._product(x, weight)(self._input(x, weight), weight.data, y, self.threads)
         return y
+
+    def _input(self, x, weight: Weight):
+        """x as a product takes it: rounded where that was chosen, and even along k."""
+        if self.rounded and weight.kind == 'bfloat16':
+            x, given = np.empty_like(x), x
+            elementwise.round_bfloat16(given, x)
+        return _even(x, weight)
 
     def _product(self, x, weight: Weight):
         """The kernel for so many rows: the matrix units, where there are any, or the ordinary one."""
@@ -121,14 +179,15 @@ class Kernels:
         append(qkv, cos, sin, rope is not None, slots, q, cache.k, cache.v)
         return q
 
-    def attend(self, q, cache, query_groups, segments, window: int | None):
-        """B = softmax(Q K^T / sqrt(head_dim)) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
+    def attend(self, q, cache, query_groups, segments, window: int | None, scale: float, cap: float | None = None,
+               sinks: int = 0):
+        """B = softmax(scale Q K^T) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
         b = np.empty(q.shape, np.float32)
         run = attention.attend_float32 if cache.k.dtype == np.float32 else attention.attend_bfloat16
         if segments is not self.segments:  # all layers of a step ask for the same
             self.segments, self.tables = segments, _tables(segments)
         run(q, cache.k, cache.v, _bounds(query_groups), *self.tables, segments[0].ring.block,
-            EVERYWHERE if window is None else window, b, self.threads)
+            EVERYWHERE if window is None else window, scale, cap or 0, sinks, b, self.threads)
         return b.reshape(len(q), -1)
 
     @staticmethod
@@ -144,6 +203,56 @@ class Kernels:
         y = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
         elementwise.gated_activation(gate_up, elementwise.ACTIVATIONS[kind], y)
         return y
+
+    # ---- a mixture of experts
+
+    @staticmethod
+    def route(scores, count: int, normalize: bool):
+        """Which experts each token goes to, and with what weight.  [tokens, experts] -> [tokens, count] ids, [tokens, count]"""
+        choice, shares = np.empty((len(scores), count), np.int64), np.empty((len(scores), count), np.float32)
+        mixture.route(scores, normalize, choice, shares)
+        return choice, shares
+
+    def experts(self, a, choice, shares, up: Weight, down: Weight, kind: str):
+        """The sum over a token's experts of share * (D · W^D): E, this rank's part.  [tokens, hidden] -> [tokens, hidden]"""
+        e = np.zeros(a.shape, np.float32)
+        if up.out_features == 0:  # a rank without columns adds nothing
+            return e
+        starts, tokens = np.zeros(len(up.data) + 1, np.int64), np.empty(choice.size, np.int64)
+        weights = np.empty(choice.size, np.float32)
+        mixture.sort_by_expert(choice, shares, starts, tokens, weights)
+        for first, last in self._together(len(a), starts, {up.kind, down.kind}):
+            run = slice(starts[first], starts[last])
+            d = self.gated_activation(self._each(a[tokens[run]], up, starts, first, last), kind)  # D  [rows, expert_ffn/n]
+            mixture.combine(self._each(d, down, starts, first, last), tokens[run], weights[run], e, self.threads)
+        return e
+
+    def _together(self, tokens: int, starts, kinds: set[str]) -> list[tuple[int, int]]:
+        """Runs of experts that are computed at once; one with rows enough for the matrix units is a run of its own."""
+        most, experts = matrix_units.FEWEST_ROWS, len(starts) - 1
+        if tokens < most:
+            return [(0, experts)]
+        limit, runs, first = most if kinds & set(self.units) else ROWS_TOGETHER, [], 0
+        starts = starts.tolist()
+        for i in range(experts):
+            if i > first and (starts[i + 1] - starts[i] >= limit or starts[i + 1] - starts[first] > ROWS_TOGETHER):
+                runs.append((first, i))
+                first = i
+            if starts[i + 1] - starts[i] >= limit:
+                runs.append((i, i + 1))
+                first = i + 1
+        return [run for run in [*runs, (first, experts)] if starts[run[0]] < starts[run[1]]]
+
+    def _each(self, x, weights: Weight, starts, first: int, last: int):
+        """The rows of experts first … last - 1, each times its expert's matrix."""
+        if last - first == 1:
+            return self.linear(x, self.expert(weights, first))
+        y = np.empty((len(x), weights.out_features), np.float32)
+        mixture.MULTIPLY[weights.kind](self._input(x, weights), starts[first:last + 1] - starts[first], weights.data[first:last],
+                                       y, self.threads)
+        return y
+
+    # ---- the head
 
     @staticmethod
     def log_sum_exp(logits):
@@ -180,10 +289,10 @@ def _bounds(groups: tuple[range, ...]) -> np.ndarray:
 
 
 def _tables(segments) -> tuple[np.ndarray, np.ndarray]:
-    """A step's segments as the kernel takes them: [segments, 5], and the blocks of all rings one after another."""
+    """A step's segments as the kernel takes them: [segments, 7], and the blocks of all rings one after another."""
     blocks = [s.ring.blocks for s in segments]
     ends = np.cumsum([len(ring) for ring in blocks])
-    table = [(s.rows.start, len(s.slots), s.start, end - len(ring), end)
+    table = [(s.rows.start, len(s.slots), s.start, s.oldest, end - len(ring), end, s.ring.pinned)
              for s, ring, end in zip(segments, blocks, ends, strict=True)]
     return np.array(table, np.int64), np.concatenate(blocks).astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Norm, activations, softmax's exponential, and the step from the fused projection to Q and the cache."""
+"""Norms, activations, caps, and the step from the fused projection to Q and the cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tpmpi.kernels.jit import helper, kernel
-from tpmpi.kernels.rows import exp, row_exp, row_max, row_squares
+from tpmpi.kernels.rows import exp, floats, row_exp, row_max, row_squares, row_sum, tanh
 from tpmpi.kernels.tiles import LANES, bits_of, float_of, keep
 
 f32 = np.float32
@@ -27,6 +27,81 @@ def rms_norm(x, gain, eps, y):
         for k in range(size):
             y[t, k] = x[t, k] * factor * gain[k]
     keep(x)
+
+
+@helper
+def sum_of(x):
+    """The sum of a row, in sixteen lanes as far as they are whole."""
+    whole = len(x) // LANES
+    total = row_sum(x.ctypes.data, whole)
+    for k in range(whole * LANES, len(x)):
+        total += x[k]
+    keep(x)
+    return total
+
+
+@helper
+def squares_of(x):
+    """The sum of the squares of a row."""
+    whole = len(x) // LANES
+    total = row_squares(x.ctypes.data, whole)
+    for k in range(whole * LANES, len(x)):
+        total += x[k] * x[k]
+    keep(x)
+    return total
+
+
+@helper
+def normed(x, layer, gain, bias, eps, y):
+    """A row through an RMS norm or, layer, a layer norm.  bias: as long as the row, or empty; y may be x."""
+    mean = sum_of(x) / f32(len(x)) if layer else f32(0)
+    for k in range(len(x)):
+        y[k] = x[k] - mean
+    factor = f32(1) / np.sqrt(squares_of(y) / f32(len(x)) + eps)
+    for k in range(len(x)):
+        y[k] = y[k] * factor * gain[k]
+    for k in range(len(bias)):
+        y[k] += bias[k]
+
+
+@kernel('void(f4[:, ::1], f4[::1], f4[::1], f4, f4[:, ::1])')
+def layer_norm(x, gain, bias, eps, y):
+    """y = (x - mean) / sqrt(variance + eps) * gain + bias; an empty bias is none."""
+    for t in range(x.shape[0]):
+        normed(x[t], True, gain, bias, eps, y[t])
+
+
+@kernel('void(i8, i8, i8, i8, i8, b1, f4[::1], f4[::1], f4)')
+def norm_heads(address, row_bytes, tokens, heads, dim, layer, gain, bias, eps):
+    """Each head through a norm of its own, in place.  address, row_bytes: of float32 [tokens, heads * dim]."""
+    for t in range(tokens):
+        for head in range(heads):
+            at = head * dim
+            x = floats(address + t * row_bytes + 4 * at, dim)
+            normed(x, layer, gain[at:at + dim], bias[at:at + dim] if len(bias) else bias, eps, x)
+
+
+@kernel('void(f4[:, ::1], i8, i8, f4[:, ::1], i8)')
+def head_squares(qkv, first, last, y, column):
+    """y[:, column] = the sums of the squares of qkv[:, first:last]."""
+    for t in range(len(qkv)):
+        y[t, column] = squares_of(qkv[t, first:last])
+
+
+@kernel('void(f4[:, ::1], i8, f4[::1], f4[::1])')
+def scale_columns(qkv, first, factor, gain):
+    """The columns from the first on, as many as there are gains, times a factor for each row and a gain for each column."""
+    for t in range(len(qkv)):
+        for k in range(len(gain)):
+            qkv[t, first + k] = qkv[t, first + k] * factor[t] * gain[k]
+
+
+@kernel('void(f4[:, ::1], f4, f4[:, ::1])')
+def softcap(x, cap, y):
+    """y = cap * tanh(x / cap)."""
+    for t in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            y[t, k] = cap * tanh(x[t, k] / cap)
 
 
 @helper
@@ -89,15 +164,17 @@ def round_bfloat16(x, y):
 
 @helper
 def turn(x, cos, sin, rope, y):
-    """One head, turned by RoPE if there is one.  x, y: [head_dim]"""
-    half = len(x) // 2
+    """One head, its first len(cos) numbers turned by RoPE if there is one.  x, y: [head_dim]"""
     if not rope:
         y[:] = x
         return
+    dim, half = len(cos), len(cos) // 2
     for i in range(half):
         y[i] = x[i] * cos[i] + x[half + i] * sin[i]
-    for i in range(half, len(x)):
+    for i in range(half, dim):
         y[i] = x[i] * cos[i] + x[i - half] * sin[i]
+    for i in range(dim, len(x)):
+        y[i] = x[i]
 
 
 @kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1])')

@@ -403,7 +403,7 @@ def self_check() -> bool:
     rng, right = np.random.default_rng(0), True
     for kind in {**TILES, **PAIRS}:
         ops = Kernels(activations='bfloat16' if PAIRS else 'float32')
-        ops.build(ops.needed([kind], 'float32'))
+        ops.build(ops.needed_for([kind]))
         stored = encode(rng.standard_normal((70, 96)).astype(np.float32), kind)
         weight = ops.new_weight(70, 96, False, kind, 'W')
         ops.fill(weight, 0, stored)

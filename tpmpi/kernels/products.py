@@ -103,7 +103,7 @@ def strip_rows(left):
 
 
 @helper
-def _quantize(x, q, scale, total, first, last):
+def quantize(x, q, scale, total, first, last):
     """Rows first … last - 1 of x as int16 with a scale and the sum of each group of 32."""
     groups = x.shape[1] // GROUP
     for m in range(first, last):
@@ -116,8 +116,8 @@ def _quantize(x, q, scale, total, first, last):
 
 
 @helper
-def _new_integers(x):
-    """Room for x [tokens, k] as `_quantize` writes it."""
+def new_integers(x):
+    """Room for x [tokens, k] as `quantize` writes it."""
     tokens, groups = len(x), x.shape[1] // GROUP
     return np.empty(x.shape, np.int16), np.empty((tokens, groups), np.float32), np.empty((tokens, groups), np.float32)
 
@@ -191,6 +191,7 @@ def _integer_product(kind: str):
 
 _float32, _bfloat16 = _float_product('float32'), _float_product('bfloat16')
 _int8, _int4 = _integer_product('int8'), _integer_product('int4')
+SHARES = {'float32': _float32, 'bfloat16': _bfloat16, 'int8': _int8, 'int4': _int4}
 PRODUCT = 'void(f4[:, ::1], u1[:, ::1], f4[:, ::1], i8)'  # x [tokens, in], w [panels, bytes], y [tokens, out], threads
 
 
@@ -211,9 +212,9 @@ def multiply_bfloat16(x, w, y, threads):
 @shared_kernel(PRODUCT)
 def multiply_int8(x, w, y, threads):
     """y = x · W."""
-    q, scale, total = _new_integers(x)
+    q, scale, total = new_integers(x)
     for thread in prange(threads):
-        _quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
+        quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
     for thread in prange(threads):
         _int8(q, scale, total, w, y, np.int64(thread), threads)
 
@@ -221,9 +222,9 @@ def multiply_int8(x, w, y, threads):
 @shared_kernel(PRODUCT)
 def multiply_int4(x, w, y, threads):
     """y = x · W."""
-    q, scale, total = _new_integers(x)
+    q, scale, total = new_integers(x)
     for thread in prange(threads):
-        _quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
+        quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
     for thread in prange(threads):
         _int4(q, scale, total, w, y, np.int64(thread), threads)
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from tpmpi.config import Rope
 from tpmpi.weights import Stored, Weight, decode, decode_bfloat16, encode_bfloat16
 
 SCORES_PER_TILE = 1 << 20  # attention scores that exist at once: 4 MiB, which bounds memory and stays near the cache
@@ -31,6 +33,17 @@ def new_weight(rows: int, hidden_size: int, transposed: bool, kind: str, letter:
     """An empty packed matrix for `rows` stored rows; `fill` puts them in, piece by piece."""
     shape = (rows, hidden_size) if transposed else (hidden_size, rows)  # [in, out] in both cases
     return Weight(xp.empty(shape, xp.float32), 'float32', letter=letter)
+
+
+def new_experts(count: int, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=np) -> Weight:
+    """Empty matrices of one shape, one for each expert, as one Weight; `fill` fills each `expert` of it."""
+    shape = (rows, hidden_size) if transposed else (hidden_size, rows)
+    return Weight(xp.empty((count, *shape), xp.float32), 'float32', letter=letter)
+
+
+def expert(weights: Weight, number: int) -> Weight:
+    """One matrix of those that new_experts made, no copy."""
+    return replace(weights, data=weights.data[number])
 
 
 def fill(weight: Weight, at: int, stored: Stored) -> None:
@@ -80,23 +93,78 @@ def linear(x, weight: Weight):
     return x @ weight.data
 
 
-def rope_table(positions, head_dim: int, theta: float):
-    """What turns the pairs of a head at each position: cos and signed sin.  [tokens] -> [tokens, 1, head_dim] twice
+def layer_norm(x, gain, bias, eps: float):
+    """(x - mean) / sqrt(variance + eps) * gain + bias; bias may be None.  [tokens, hidden] -> the same   (Ba et al. 2016)"""
+    xp = namespace(x)
+    x = x - x.mean(axis=-1, keepdims=True)
+    y = x * (1 / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + xp.float32(eps))) * gain
+    return y if bias is None else y + bias
 
-    Pair i, (x[i], x[i + head_dim/2]), turns by position * theta^(-2i/head_dim).   (Su et al. 2021)
+
+def norm_heads(qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
+    """Each of the first `heads` heads of the fused projection through a norm of its own, in place.
+
+    qkv: [tokens, heads * head_dim and more]; kind: 'rms' or 'layer'; gain and bias (or None): [heads * head_dim]
+    """
+    xp = namespace(qkv)
+    x = qkv[:, :heads * head_dim].reshape(-1, head_dim)
+    ones = xp.ones(head_dim, xp.float32)
+    y = (rms_norm(x, ones, eps) if kind == 'rms' else layer_norm(x, ones, None, eps)).reshape(len(qkv), -1) * gain
+    qkv[:, :heads * head_dim] = y if bias is None else y + bias
+
+
+def head_squares(qkv, runs: Sequence[range]):
+    """The sum of squares of each of some runs of columns.  [tokens, columns] -> [tokens, runs]"""
+    xp = namespace(qkv)
+    parts = [qkv[:, run.start:run.stop] for run in runs]
+    return xp.stack([xp.einsum('ij,ij->i', part, part) for part in parts], axis=-1)
+
+
+def scale_columns(qkv, run: range, factor, gain) -> None:
+    """A run of columns times a factor for each token and a gain for each column, in place.  factor: [tokens]"""
+    part = qkv[:, run.start:run.stop]
+    part *= factor[:, None]
+    part *= gain
+
+
+def rope_table(positions, lengths, rope: Rope):
+    """What turns the pairs of a head at each position: cos and signed sin.  [tokens] -> [tokens, 1, rope.dim] twice
+
+    Pair i, (x[i], x[i + dim/2]), turns by position * theta^(-2i/dim) / divisor[i].   (Su et al. 2021)
+    lengths: [tokens], of the text that each token stands in; texts beyond rope.original_positions may turn in another way.
     """
     xp = namespace(positions)
-    frequencies = theta ** (-xp.arange(0, head_dim, 2, dtype=xp.float64) / head_dim)  # [head_dim/2]
-    angles = positions.astype(xp.float64)[:, None, None] * frequencies
-    cos, sin = xp.cos(angles), xp.sin(angles)
+    exponents = xp.arange(0, rope.dim, 2, dtype=xp.float64) / rope.dim  # [dim/2]
+    if rope.by_length:
+        theta, divisors = _stretched(lengths, rope, xp)  # [tokens, 1], [tokens, dim/2]
+        frequencies = theta ** -exponents / divisors
+    else:
+        frequencies = (rope.theta ** -exponents / (xp.asarray(rope.divisors) if rope.divisors else 1))[None]
+    angles = (positions.astype(xp.float64)[:, None] * frequencies)[:, None]  # [tokens, 1, dim/2]
+    cos, sin = xp.cos(angles) * rope.magnitude, xp.sin(angles) * rope.magnitude
     return (xp.concatenate((cos, cos), axis=-1).astype(xp.float32),
             xp.concatenate((-sin, sin), axis=-1).astype(xp.float32))
 
 
+def _stretched(lengths, rope: Rope, xp):
+    """theta and the divisors for texts of these lengths: dynamic NTK scaling, or other divisors for long ones."""
+    lengths = lengths[:, None].astype(xp.float64)
+    original, factor = rope.original_positions, rope.dynamic_factor
+    growth = xp.maximum(factor * lengths / original - (factor - 1), 1) if factor > 1 else xp.ones_like(lengths)
+    short = xp.asarray(rope.divisors or (1.0,) * (rope.dim // 2))[None]
+    long = xp.asarray(rope.long_divisors)[None] if rope.long_divisors else short
+    return rope.theta * growth ** (rope.dim / (rope.dim - 2)), xp.where(lengths > original, long, short)
+
+
 def rotate(x, cos, sin):
-    """Turn each pair (a, b) to (a cos - b sin, b cos + a sin).  [tokens, heads, head_dim], the same shape"""
-    xp = namespace(x)
-    half = x.shape[-1] // 2
+    """Turn each pair (a, b) to (a cos - b sin, b cos + a sin), of the first numbers of a head as far as cos and sin go.
+
+    [tokens, heads, head_dim], the same shape
+    """
+    xp, dim = namespace(x), cos.shape[-1]
+    if dim < x.shape[-1]:
+        return xp.concatenate((rotate(x[..., :dim], cos, sin), x[..., dim:]), axis=-1)
+    half = dim // 2
     return x * cos + xp.concatenate((x[..., half:], x[..., :half]), axis=-1) * sin
 
 
@@ -119,36 +187,39 @@ def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):
     return qk[:, :num_heads]
 
 
-def attend(q, cache, query_groups, segments, window: int | None):
-    """B = softmax(Q K^T / sqrt(head_dim)) V over each request's ring.
+def attend(q, cache, query_groups, segments, window: int | None, scale: float, cap: float | None = None, sinks: int = 0):
+    """B = softmax(scale Q K^T) V over each request's ring.
 
     q: [tokens, heads/n, head_dim]; query_groups: for each KV head of the cache the run of query heads that reads it;
     segments: which rows belong to which request and where its keys lie (see kv_cache.Segment).  A query at position p
-    sees the keys at positions p - window + 1 to p.  Returns B [tokens, heads/n * head_dim].
+    sees the keys at positions p - window + 1 to p, and those before position `sinks`.  cap: of the scores, see
+    softcap.  Returns B [tokens, heads/n * head_dim].
     """
     xp = namespace(q)
     tokens, heads, head_dim = q.shape
     b = xp.empty((tokens, heads, head_dim), xp.float32)
     if heads == 0:
         return b.reshape(tokens, 0)
-    q = q * xp.float32(head_dim ** -0.5)
+    q = q * xp.float32(scale)
     for segment in segments:
-        for rows, keys, hidden in segment.tiles(window, SCORES_PER_TILE // heads):
+        for rows, keys, count, hidden in segment.tiles(window, sinks, SCORES_PER_TILE // heads):
             tile = xp.ascontiguousarray(q[rows].swapaxes(0, 1))  # [heads/n, rows, head_dim]
-            scores = xp.empty((heads, tile.shape[1], keys.stop - keys.start), xp.float32)
+            scores = xp.empty((heads, tile.shape[1], count), xp.float32)
             for kv_head, group in enumerate(query_groups):
-                k = _values(cache.k[kv_head, segment.keys][keys])  # [keys, head_dim]
+                k = _values(cache.k[kv_head, keys])  # [keys, head_dim]
                 run = slice(group.start, group.stop)
-                xp.matmul(tile[run].reshape(-1, head_dim), k.T, out=scores[run].reshape(-1, len(k)))
+                xp.matmul(tile[run].reshape(-1, head_dim), k.T, out=scores[run].reshape(-1, count))
+            if cap is not None:
+                scores = softcap(scores, cap)
             if hidden is not None:  # [rows, keys]: what a query must not see
                 xp.copyto(scores, xp.float32(-xp.inf), where=xp.asarray(hidden))
             scores -= scores.max(axis=-1, keepdims=True)
             xp.exp(scores, out=scores)
             total = scores.sum(axis=-1, keepdims=True)  # [heads/n, rows, 1]
             for kv_head, group in enumerate(query_groups):
-                v = _values(cache.v[kv_head, segment.keys][keys])
+                v = _values(cache.v[kv_head, keys])
                 run = slice(group.start, group.stop)
-                xp.matmul(scores[run].reshape(-1, len(v)), v, out=tile[run].reshape(-1, head_dim))
+                xp.matmul(scores[run].reshape(-1, count), v, out=tile[run].reshape(-1, head_dim))
             b[rows] = (tile / total).swapaxes(0, 1)
     return b.reshape(tokens, heads * head_dim)
 
@@ -194,6 +265,49 @@ def gated_activation(gate_up, kind: str):
     """activation(gate) * up.  [tokens, 2 ffn/n] -> [tokens, ffn/n]   (Shazeer 2020)"""
     ffn = gate_up.shape[-1] // 2
     return activate(gate_up[:, :ffn], kind) * gate_up[:, ffn:]
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    with np.errstate(over='ignore'):  # exp(-x) may reach infinity, and 1 / infinity is the right 0
+        return 1 / (1 + namespace(x).exp(-x))
+
+
+def softcap(x, cap: float):
+    """cap * tanh(x / cap): as x where that is small, and never beyond the cap."""
+    xp = namespace(x)
+    return xp.float32(cap) * xp.tanh(x / xp.float32(cap))
+
+
+# ---- a mixture of experts
+
+
+def route(scores, count: int, normalize: bool):
+    """Which experts each token goes to, and with what weight.  [tokens, experts] -> [tokens, count] ids, [tokens, count]
+
+    The softmax over all experts; of that the `count` largest, equal ones by lower id; ids ascending.  normalize: these
+    are divided by their sum.   (Shazeer et al. 2017; Jiang et al. 2024)
+    """
+    xp = namespace(scores)
+    scores = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+    scores /= scores.sum(axis=-1, keepdims=True)
+    choice = xp.sort(xp.argsort(-scores, axis=-1, kind='stable')[:, :count], axis=-1)
+    weights = xp.take_along_axis(scores, choice, axis=-1)
+    return choice, weights / weights.sum(axis=-1, keepdims=True) if normalize else weights
+
+
+def experts(a, choice, shares, up: Weight, down: Weight, kind: str):
+    """The sum over a token's experts of share * (D · W^D): E, this rank's part.  [tokens, hidden] -> [tokens, hidden]
+
+    choice, shares: of `route`; up, down: all experts' W^C (gate and up side by side) and W^D, this rank's columns of each.
+    """
+    xp = namespace(a)
+    e = xp.zeros(a.shape, xp.float32)
+    for number in xp.unique(choice).tolist():
+        rows, place = xp.nonzero(choice == number)
+        d = gated_activation(linear(a[rows], expert(up, number)), kind)  # D  [rows, expert_ffn/n]
+        e[rows] += linear(d, expert(down, number)) * shares[rows, place][:, None]
+    return e
 
 
 # ---- the head

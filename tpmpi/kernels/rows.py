@@ -1,4 +1,4 @@
-"""What runs along one row in vector registers: maximum, exponentials and their sum, squares, rounding to integers.
+"""What runs along one row in vector registers: maximum, sums, exponentials, a cap, rounding to integers.
 
 A sum has sixteen lanes, element i in lane i modulo 16, elements ascending; then the lanes are added in order.  Addresses
 and counts are int64; counts are of whole panels of 16.
@@ -7,10 +7,11 @@ and counts are int64; counts are of whole panels of 16.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tpmpi.kernels.jit import helper
 from tpmpi.kernels.tiles import F32, GROUP, I16, I32, I64, LANES, PARTS, VF, WIDTH, Emit
 
 NOTHING = float('-inf')  # the score of a key that is not seen
@@ -51,6 +52,43 @@ def exponential(b, x):
 def exp(typing_context, x):
     """e^x of one float32; a loop over it becomes one of vectors."""
     return types.float32(types.float32), lambda context, builder, signature, args: exponential(builder, args[0])
+
+
+def hyperbolic_tangent(b, x):
+    """tanh of a float32 or a vector of them: a polynomial where |x| < 0.625 (Cephes' tanhf), 1 - 2 / (e^2|x| + 1) beyond."""
+    kind = x.type
+
+    def number(value):
+        return ir.Constant(kind, value if kind == F32 else [value] * kind.count)
+
+    z = b.fmul(x, x)
+    p = number(-5.70498872745e-3)
+    for c in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        p = b.fadd(b.fmul(p, z), number(c))
+    near = b.fadd(b.fmul(b.fmul(p, z), x), x)
+    negative = b.fcmp_ordered('<', x, number(0.0))
+    size = b.select(negative, b.fneg(x), x)
+    far = b.fsub(number(1.0), b.fdiv(number(2.0), b.fadd(exponential(b, b.fadd(size, size)), number(1.0))))
+    return b.select(b.fcmp_ordered('<', size, number(0.625)), near, b.select(negative, b.fneg(far), far))
+
+
+@intrinsic
+def tanh(typing_context, x):
+    """The hyperbolic tangent of one float32; a loop over it becomes one of vectors."""
+    return types.float32(types.float32), lambda context, builder, signature, args: hyperbolic_tangent(builder, args[0])
+
+
+@intrinsic
+def _float_pointer(typing_context, address):
+    def emit(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+    return types.CPointer(types.float32)(types.int64), emit
+
+
+@helper
+def floats(address, count):
+    """The float32 array that lies at an address; its owner must outlive it."""
+    return carray(_float_pointer(address), (count,))
 
 
 def _walk(e: Emit, address, panels, start: float, step):
@@ -103,6 +141,29 @@ def row_exp(typing_context, address, panels, top):
 
         return _fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
     return types.float32(types.int64, types.int64, types.float32), emit
+
+
+@intrinsic
+def row_cap(typing_context, address, panels, cap):
+    """cap * tanh(s / cap) in place of each of 16 * panels float32."""
+    def emit(context, builder, signature, args):
+        e, (address, panels, cap) = Emit(builder), args
+        most, least = e.splat(cap), e.splat(builder.fdiv(F32(1.0), cap))
+        with cgutils.for_range(builder, panels) as loop:
+            for part in range(PARTS):
+                at = e.at(address, (loop.index, LANES * 4), part * WIDTH * 4)
+                e.store(builder.fmul(most, hyperbolic_tangent(builder, builder.fmul(e.load(at, VF, 4), least))), at)
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int64, types.float32), emit
+
+
+@intrinsic
+def row_sum(typing_context, address, panels):
+    """The sum of 16 * panels float32."""
+    def emit(context, builder, signature, args):
+        e = Emit(builder)
+        return _fold(builder, _walk(e, *args, 0.0, lambda lane, at: builder.fadd(lane, e.load(at, VF, 4))), builder.fadd)
+    return types.float32(types.int64, types.int64), emit
 
 
 @intrinsic
