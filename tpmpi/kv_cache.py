@@ -89,10 +89,11 @@ class Ring:
 
     def slots(self, positions: np.ndarray) -> np.ndarray:
         """The pool's slot of each position."""
-        number = positions // self.block
-        if len(self.blocks) > self.pinned:
-            round_ = self.pinned + (number - self.pinned) % (len(self.blocks) - self.pinned)
-            number = np.where(number < self.pinned, number, round_)
+        number, turning = positions // self.block, len(self.blocks) - self.pinned
+        if not self.pinned:
+            number %= turning
+        elif turning:
+            number = np.where(number < self.pinned, number, self.pinned + (number - self.pinned) % turning)
         return self.blocks[number] * self.block + positions % self.block
 
     def segment(self, first_row: int, start: int, count: int, length: int = 0) -> Segment:

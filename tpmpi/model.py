@@ -23,7 +23,6 @@ class Step:
 
     tokens: Any  # [tokens] ids
     positions: Any  # [tokens] each one's place in its request
-    lengths: Any  # [tokens] of the text that each one stands in, as far as it goes or is known to go
     segments: tuple[Segment, ...]  # which rows belong together
     slots: Any  # [tokens] where K and V go
 
@@ -31,9 +30,13 @@ class Step:
     def of(tokens: np.ndarray, segments: tuple[Segment, ...]) -> Step:
         """A step from token ids and their segments, in the order of the rows."""
         positions = np.concatenate([np.arange(s.start, s.start + len(s.slots)) for s in segments])
-        known = np.repeat([s.length for s in segments], [len(s.slots) for s in segments])
-        slots = np.concatenate([s.slots for s in segments])
-        return Step(tokens, positions, np.maximum(known, positions + 1), segments, slots)
+        return Step(tokens, positions, segments, np.concatenate([s.slots for s in segments]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[tokens] of the text that each one stands in, as far as it goes or is known to go."""
+        known = np.repeat([s.length for s in self.segments], [len(s.slots) for s in self.segments])
+        return np.maximum(known, self.positions + 1)
 
 
 def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
@@ -45,7 +48,7 @@ def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
     comm.all_reduce(x)  # the vocabulary-parallel embedding, whole
     if config.embedding_multiplier != 1:
         x *= np.float32(config.embedding_multiplier)
-    ropes = [ops.rope_table(step.positions, step.lengths, rope) for rope in model.ropes]
+    ropes = [ops.rope_table(step.positions, step.lengths if rope.by_length else None, rope) for rope in model.ropes]
     block = parallel_layer if config.parallel_block else decoder_layer
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
         x = block(x, layer, layer_cache, step, None if layer.rope is None else ropes[layer.rope], model, ops, comm)
