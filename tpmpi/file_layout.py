@@ -20,7 +20,8 @@ FORMAT, FORMAT_VERSIONS = 'tpmpi model', (1, 2)  # 2 where a matrix is of intege
 ABOUT = """\
 A transformer language model for tpmpi, format version {}: whole tensors, for any number of ranks.
 A matrix is stored with the axis first by which ranks split it: a rank's rows are one contiguous run.  So attn_out and
-down are [in, out], all others [out, in].  RoPE turns the pairs (i, i + head_dim/2) of the rows of each head of q and k.
+down are [in, out], all others [out, in].  RoPE turns the pairs (i, i + n/2) of the first n rows of each head of q and k; n is
+rotary_dim, or head_dim where that is 0.  Gains of norms are as they multiply.
 A 16-bit floating-point type is bfloat16, the upper half of an IEEE single.  crc32: zlib's, of each crc32_rows rows."""
 ABOUT_VERSION_2 = f"""
 Version 2 adds matrices of integers q, of 8 or 4 bits, in groups of {GROUP} along the contraction axis (attribute group_axis: 0,
