@@ -228,9 +228,12 @@ class Replica:
     def report(self, leaving: bool = False) -> Report | None:
         """What the queue should hear now, or None."""
         now, held = time.monotonic(), len(self.requests)
-        room = 0 if self.empty or self.stopped else max(0, self.max_sequences + AHEAD - held)
+        running = len(self.engine.scheduler.running)
+        waiting = held - running  # here, where nobody else can take them: no more than run, or a few
+        room = min(self.max_sequences + AHEAD - held, max(AHEAD, running) - waiting)
+        room = 0 if self.empty or self.stopped else max(0, room)
         due = now - self.reported > REPORT_SECONDS
-        if not (leaving or due or self.unsent.finished or (room and not held)):
+        if not (leaving or due or self.unsent.finished or (room and not waiting)):
             return None
         report, self.unsent = self.unsent, Report()
         for line, (asked, request) in self.requests.items():

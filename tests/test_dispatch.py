@@ -1,0 +1,36 @@
+"""What a replica asks for: enough that no step is empty, and little that nobody else could take."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tpmpi.dispatch import AHEAD, Replica
+
+
+def replica_with(running: int, waiting: int, most: int = 16) -> Replica:
+    """A replica with so many requests that run and that wait."""
+    replica = Replica(SimpleNamespace(scheduler=SimpleNamespace(running=[None] * running)), None, 'model', most)
+    asked = SimpleNamespace(logprobs=None, embedding=False)
+    request = SimpleNamespace(tokens=[], params=SimpleNamespace(prompt_logprobs=False))
+    replica.requests = {line: (asked, request) for line in range(running + waiting)}
+    replica.told = dict.fromkeys(replica.requests, 0)
+    return replica
+
+
+@pytest.mark.parametrize('running', range(17))
+def test_what_waits_at_a_replica_is_no_more_than_what_runs_or_a_few(running):
+    """Also where the cache holds fewer requests than --max-sequences allows."""
+    most = min(max(AHEAD, running), 16 + AHEAD - running)
+    for waiting in range(20):
+        report = replica_with(running, waiting).report(leaving=True)
+        assert report.held == running + waiting and report.room == max(0, most - waiting)
+
+
+def test_a_replica_speaks_up_as_soon_as_nothing_waits():
+    for waiting in (0, 1):
+        replica = replica_with(3, waiting)
+        replica.reported = float('inf')  # it is not time for a report
+        report = replica.report()
+        assert report.room == AHEAD if waiting == 0 else report is None
