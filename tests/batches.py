@@ -64,7 +64,7 @@ class Job:
 
     def computes(self) -> bool:
         """The model is loaded."""
-        return ' done before; ' in self.said
+        return ' in the cache of each replica' in self.said
 
     def processes(self) -> list[int]:
         """The launcher and all that it has started, parents before children."""

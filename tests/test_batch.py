@@ -219,6 +219,17 @@ def test_all_replicas_work_until_nothing_is_left(reciter, tmp_path, size, replic
     assert min(busy) > 0.5 * figures['run_seconds'], figures
 
 
+def test_a_batch_that_is_done_loads_no_model(nine_heads, tmp_path):
+    lines, output = write_lines(tmp_path / 'in.jsonl', [{'id': 1, 'prompt': 'a'}]), tmp_path / 'out.jsonl'
+    batch(2, '--model', nine_heads, '--input', lines, '--output', output)
+    before = output.read_bytes()
+    batch(2, '--model', nine_heads, '--input', lines, '--output', output)
+    assert output.read_bytes() == before
+    figures = report(output)
+    assert (figures['complete'], figures['done'], figures['skipped']) == (True, 0, 1)
+    assert [rank['steps'] for rank in figures['ranks']] == [0, 0]
+
+
 def test_memory_does_not_grow_with_the_input(nine_heads, tmp_path):
     peaks = []
     for count in (2000, 20_000):

@@ -211,20 +211,23 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
     """The batch, from loading the model to the report."""
     from tpmpi.dispatch import Queue
     from tpmpi.progress import Energy
-    llm, group, number = load(s, options)
-    blocks = cache_blocks(s, options, llm, group)
-    s.agreed(llm.engine.allocate, blocks, options.max_sequences)
-    energy = Energy() if s.local_rank == 0 else None
-    queue = None
+    queue = engine = energy = None
     if s.comm.rank == 0:
         limit = float('inf') if options.time_limit is None else start + options.time_limit
         queue = Queue(*files, options.replicas, lambda: s.watch.stop_requested or perf_counter() > limit)
-        log.info('%s: %d requests, %d done before; %d replica%s on %d rank%s, %d blocks of %d positions in the cache of each',
-                 options.input, queue.total, queue.before, options.replicas, 's' * (options.replicas > 1), s.comm.size,
-                 's' * (s.comm.size > 1), blocks, llm.engine.run.block)
+        log.info('%s: %d requests, %d done before; %d replica%s on %d rank%s', options.input, queue.total, queue.before,
+                 options.replicas, 's' * (options.replicas > 1), s.comm.size, 's' * (s.comm.size > 1))
     loaded = perf_counter()
-    compute(s, options, defaults, llm.engine, group, number, queue, energy)
-    figures = s.comm.exchange(rank_figures(s, llm.engine, energy))
+    if s.comm.share(queue is None or queue.left > 0):  # otherwise there is nothing to load a model for
+        llm, group, number = load(s, options)
+        engine, blocks = llm.engine, cache_blocks(s, options, llm, group)
+        s.agreed(engine.allocate, blocks, options.max_sequences)
+        if queue is not None:
+            log.info('%d blocks of %d positions in the cache of each replica', blocks, engine.run.block)
+        energy = Energy() if s.local_rank == 0 else None
+        loaded = perf_counter()
+        compute(s, options, defaults, engine, group, number, queue, energy)
+    figures = s.comm.exchange(rank_figures(s, engine, energy))
 
     def conclude() -> bool:
         if queue is None:
@@ -287,14 +290,16 @@ def close_files(options: argparse.Namespace, queue, lines, results) -> bool:
 
 
 def rank_figures(s: session.Session, engine, energy) -> dict:
-    """What the report says of this rank."""
+    """What the report says of this rank; engine: None where there was nothing to do."""
     from tpmpi.memory import peak_bytes
-    traffic = engine.comm.traffic['all_reduce']
-    return {'host': s.host, 'seconds': {name: round(value, 3) for name, value in engine.seconds.items()},
-            'all_reduce_seconds': round(traffic.seconds, 3), 'steps': engine.steps, 'peak_bytes': peak_bytes(),
-            'energy': None if energy is None else energy.read(),
-            'shared_tokens': engine.scheduler.shared_tokens if engine.scheduler else 0,
-            'preemptions': engine.scheduler.preemptions if engine.scheduler else 0}
+    figures = {'host': s.host, 'seconds': {}, 'all_reduce_seconds': 0.0, 'steps': 0, 'peak_bytes': peak_bytes(),
+               'energy': None if energy is None else energy.read(), 'shared_tokens': 0, 'preemptions': 0}
+    if engine is not None:
+        figures |= {'seconds': {name: round(value, 3) for name, value in engine.seconds.items()}, 'steps': engine.steps,
+                    'all_reduce_seconds': round(engine.comm.traffic['all_reduce'].seconds, 3)}
+        if engine.scheduler:
+            figures |= {'shared_tokens': engine.scheduler.shared_tokens, 'preemptions': engine.scheduler.preemptions}
+    return figures
 
 
 def report(s: session.Session, options: argparse.Namespace, queue, figures: list[dict], complete: bool, load_seconds: float,
