@@ -273,7 +273,7 @@ def test_another_source_is_not_mixed_in(tmp_path, change, options, message):
 
 
 def test_two_conversions_to_one_file(tmp_path, whole):
-    first = Conversion(tmp_path).until(3)
+    first = Conversion(tmp_path, seconds=0.1).until(3)
     for options in ([], ['--resume']):
         done = run(SOURCE, tmp_path / 'model.h5', *options)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'another process is writing' in done.stderr

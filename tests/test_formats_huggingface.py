@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from tpmpi.config import ModelConfig
 from tpmpi.formats import FormatError, open_checkpoint
+from tpmpi.formats.families import read_facts
+from tpmpi.formats.huggingface import choose_family
 from tpmpi.formats.huggingface_config import NEUTRAL_KEYS
 from tpmpi.formats.huggingface_families import HUGGING_FACE
 from tpmpi.sharding import tensor_specs
@@ -114,6 +117,64 @@ def test_defaults_are_those_of_transformers(folder, changes, fact, value):
     assert getattr(family.config(facts), fact) == value
 
 
+def config_of(architecture: str, **keys) -> ModelConfig:
+    """What is read of a config.json with these keys; the others are the class's defaults."""
+    values = {'architectures': [architecture]} | keys
+    family, _ = choose_family(values)
+    return family.config(read_facts(values, family, NEUTRAL_KEYS.__contains__, 'config.json'))
+
+
+@pytest.mark.parametrize('architecture, keys', [
+    ('LlamaForCausalLM', {'pretraining_tp': 2, 'max_sequence_length': 2048, 'tf_legacy_loss': False}),
+    ('GPT2LMHeadModel', {'_num_labels': 1, 'num_labels': 1, 'output_past': True, 'predict_special_tokens': True}),
+    ('GPTNeoXForCausalLM', {'custom_pipelines': {}, 'partial_rotary_factor': 0.25, 'rope_theta': 10000}),
+    ('PhiForCausalLM', {'rotary_dim': 32, 'attention_bias': True}), ('StableLmForCausalLM', {'num_heads': 32}),
+    ('Cohere2ForCausalLM', {'_sliding_window_pattern': 4}),
+    ('Qwen3MoeForCausalLM', {'qkv_bias': False, 'use_qk_norm': True, 'shared_expert_intermediate_size': 0}),
+])
+def test_keys_of_published_files_that_say_nothing_new(architecture, keys):
+    assert config_of(architecture, **keys) == config_of(architecture)
+
+
+@pytest.mark.parametrize('architecture, keys, fact, value', [
+    ('Qwen2ForCausalLM', {'dual_chunk_attention_config': {'chunk_size': 262144, 'local_size': 8192},
+                          'max_position_embeddings': 1010000}, 'max_positions', 253952),
+    ('MistralForCausalLM', {'layer_types': ['full_attention', *['sliding_attention'] * 3] * 8}, 'window_layers',
+     tuple(i for i in range(32) if i % 4)),
+    ('LlamaForCausalLM', {'max_position_embeddings': 4096, 'rope_scaling': {'type': 'linear', 'factor': 4.0}},
+     'max_positions', 16384),
+    ('CohereForCausalLM', {'model_max_length': 131072}, 'max_positions', 131072),  # Command R
+    ('Qwen3ForCausalLM', {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768,
+                                           'attn_factor': 1 / (0.1 * math.log(4) + 1)}}, 'rope_magnitude', pytest.approx(1.0)),
+    ('Gemma2ForCausalLM', {'num_hidden_layers': 6}, 'window_layers', (0, 2, 4)),
+    ('Gemma3ForCausalLM', {'num_hidden_layers': 12}, 'window_layers', tuple(i for i in range(12) if i % 6 != 5)),
+])
+def test_keys_of_published_files_that_matter(architecture, keys, fact, value):
+    assert getattr(config_of(architecture, **keys), fact) == value
+
+
+def test_buffers_of_older_checkpoints_hold_nothing_new():
+    ignored = HUGGING_FACE['LlamaForCausalLM'].ignored_tensors
+    for name in ('model.layers.3.self_attn.rotary_emb.inv_freq', 'model.rotary_emb.inv_freq'):
+        assert ignored.fullmatch(name) and not ignored.fullmatch(name.replace('inv_freq', 'weight'))
+
+
+@pytest.mark.parametrize('architecture, keys, message', [
+    ('GPTNeoXForCausalLM', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5; expected 0.25, as the other keys say'),
+    ('GPTNeoXForCausalLM', {'rope_theta': 5e5}, 'rope_theta is 500000.0; expected 10000'),
+    ('PhiForCausalLM', {'rotary_dim': 64}, 'rotary_dim is 64; expected 32'),
+    ('Qwen3ForCausalLM', {'dual_chunk_attention_config': {'chunk_size': 8}}, 'local_size is None; expected a whole number'),
+    ('Qwen3ForCausalLM', {'dual_chunk_attention_config': {'chunk_size': 8, 'local_size': 8}}, 'chunk_size is 8 and local_size 8'),
+    ('Qwen3ForCausalLM', {'dual_chunk_attention_config': [8]}, 'dual_chunk_attention_config is .8.; expected null or an object'),
+    ('Qwen3MoeForCausalLM', {'shared_expert_intermediate_size': 8}, 'shared_expert_intermediate_size is 8'),
+    ('Qwen3MoeForCausalLM', {'qkv_bias': True}, 'qkv_bias is True; supported is False only'),
+    ('LlamaForCausalLM', {'auto_map': {'AutoModelForCausalLM': 'modeling_llama.LlamaForCausalLM'}}, "unknown key 'auto_map'"),
+])
+def test_second_spellings_must_agree(architecture, keys, message):
+    with pytest.raises(FormatError, match=message):
+        config_of(architecture, **keys)
+
+
 def test_keys_without_influence_are_accepted(folder):
     edit(folder / 'config.json', torch_dtype='float16', use_cache=False, _name_or_path='x', unsloth_version='1',
          **{'transformers.js_config': {'kv_cache_dtype': {}}}, is_llama_config=True, rope_interleaved=False)
@@ -131,7 +192,6 @@ def test_keys_without_influence_are_accepted(folder):
     ({'attention_bias': 0}, 'attention_bias is 0; expected true or false'),
     ({'attention_bias': True}, 'q_proj.bias is missing'),
     ({'mlp_bias': True}, 'gate_proj.bias is missing'),
-    ({'pretraining_tp': 2}, 'pretraining_tp is 2; supported is 1'),
     ({'sliding_window': 4096}, 'sliding_window is 4096'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config is .*gptq'),
     ({'rope_interleaved': True}, 'rope_interleaved is True'),
@@ -140,6 +200,7 @@ def test_keys_without_influence_are_accepted(folder):
     ({'rope_scaling': {'type': 'linear'}}, 'rope_scaling has no factor'),
     ({'rope_scaling': {'type': 'linear', 'factor': 0.5}}, 'the factor 0.5; expected more than 1, and 1 or more'),
     ({'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'beta': 1}}, "holds 'beta'; .* RoPE of type yarn"),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'attn_factor': 'a'}}, "attn_factor is 'a'; expected a number"),
     ({'rope_scaling': {'type': 'longrope', 'long_factor': [1.0] * 4, 'short_factor': [1.0] * 3}},
      'short_factor is .*; expected 4 numbers, one for each pair'),
     ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0}}, 'has no low_freq_factor'),
@@ -222,6 +283,17 @@ def test_an_explicit_setting_goes_before_the_post_processor(tmp_path):
     assert tokenizer_of(folder)[0].encode('The')[0] != 0
 
 
+def test_one_setting_leaves_the_other_token_as_it_is(tmp_path):
+    folder = shutil.copytree(REFERENCES / 'tiny_llama_tied', tmp_path / 'model')
+    plain = tokenizer_of(folder)[0].encode('The')
+    for settings in ({'add_eos_token': False}, {'add_eos_token': False, 'add_bos_token': None}):
+        edit(folder / 'tokenizer_config.json', **settings)
+        assert tokenizer_of(folder)[0].encode('The') == plain
+    edit(folder / 'tokenizer_config.json', add_eos_token=True)
+    tokenizer, checkpoint = tokenizer_of(folder)
+    assert tokenizer.encode('The') == [*plain, checkpoint.eos_token_ids[0]]
+
+
 def test_ends_of_a_text(folder):
     edit(folder / 'generation_config.json', eos_token_id=[5, 2, 0])
     assert tokenizer_of(folder)[1].eos_token_ids == (2, 5, 0)  # the tokenizer's own first
@@ -243,6 +315,37 @@ def test_a_named_token_becomes_special(folder):
     assert checkpoint.eos_token_ids[0] == json.loads(checkpoint.tokenizer_json)['model']['vocab']['e']
 
 
+ADDED = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
+
+
+@pytest.mark.parametrize('settings, special', [
+    ({}, False), ({'eos_token': '<x>'}, True), ({'sep_token': '<x>'}, True), ({'extra_special_tokens': {'image': '<x>'}}, True),
+    ({'added_tokens_decoder': {'299': {'content': '<x>', 'special': True}}}, True),
+    ({'added_tokens_decoder': {'299': {'content': '<x>', 'special': False}}}, False),
+])
+def test_added_tokens_are_special_where_the_settings_say_so(folder, settings, special):
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    tokenizer['model']['vocab'] = {('<x>' if id == 299 else token): id for token, id in tokenizer['model']['vocab'].items()}
+    tokenizer['model']['merges'] = tokenizer['model']['merges'][:-1]  # the one that makes token 299
+    tokenizer['added_tokens'].append({'id': 299, 'content': '<x>', 'special': False} | ADDED)
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer))
+    edit(folder / 'tokenizer_config.json', **settings)
+    tokenizer = tokenizer_of(folder)[0]
+    assert tokenizer.decode(tokenizer.encode('a<x>b')) == ('ab' if special else 'a<x>b')
+
+
+def test_added_tokens_for_which_the_model_has_no_row(folder):
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    extra = {'id': 300, 'content': '<picture>', 'special': True} | ADDED
+    edit(folder / 'tokenizer.json', added_tokens=[*tokenizer['added_tokens'], extra])
+    edit(folder / 'tokenizer_config.json', added_tokens_decoder={'300': extra}, pad_token='<picture>')
+    read = tokenizer_of(folder)[0]
+    assert max(read.encode('a<picture>b')) < 300 and read.decode(read.encode('a<picture>b')) == 'a<picture>b'
+    (folder / 'chat_template.jinja').write_text('{{ "<picture>" }}')
+    with pytest.raises(FormatError, match='has token ids up to 300; config.json allows vocab_size 300'):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize('source, expected', [
     ({'chat_template': 'one'}, 'one'), ({}, None),
     ({'chat_template': [{'name': 'tool_use', 'template': 'a'}, {'name': 'default', 'template': 'b'}]}, 'b'),
@@ -259,12 +362,13 @@ def test_chat_template(folder, source, expected):
     ('tokenizer_config.json', {'chat_template': 5}, 'chat_template is 5; expected text'),
     ('tokenizer_config.json', {'eos_token': '<end>'}, "eos_token is '<end>', which tokenizer.json does not have"),
     ('tokenizer_config.json', {'eos_token': 5}, 'eos_token is 5; expected a token or null'),
-    ('tokenizer_config.json', {'added_tokens_decoder': {'300': {'content': '<new>'}}},
-     "gives token '<new>' the id 300; tokenizer.json gives it None"),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'299': {'content': '<new>'}}},
+     "gives token '<new>' the id 299; tokenizer.json gives it None"),
+    ('tokenizer_config.json', {'added_tokens_decoder': [5]}, 'added_tokens_decoder is .5.; expected an object'),
     ('tokenizer.json', {'model': {}}, 'no vocabulary with token ids'),
     ('tokenizer.json', {'model': {'vocab': {'a': 'b'}}}, 'no vocabulary with token ids'),
     ('tokenizer.json', {'added_tokens': [5]}, 'no vocabulary with token ids'),
-    ('tokenizer.json', {'added_tokens': [{'id': 300, 'content': '<new>'}]},
+    ('tokenizer.json', {'added_tokens': [{'id': 300, 'content': '<|im_end|>'}]},  # the tokenizer's eos
      'has token ids up to 300; config.json allows vocab_size 300'),
     ('tokenizer.json', {'added_tokens': [{'id': 0, 'content': '\ud800'}]}, 'a token is not valid Unicode'),
     ('generation_config.json', {'eos_token_id': '2'}, "eos_token_id is '2'; expected a token id"),

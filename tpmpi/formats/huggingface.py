@@ -26,6 +26,7 @@ from tpmpi.formats.source import (
 from tpmpi.formats.tokenizer_json import add_special, bos_eos_processor, dump, vocabulary
 
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+NAMED_TOKENS = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 
 
 def open_huggingface(folder: Path) -> Checkpoint:
@@ -122,30 +123,34 @@ def open_tokenizer(folder: Path, config: ModelConfig, family: Family, values: Ma
                    ) -> tuple[str, str | None, int | None, tuple[int, ...]]:
     """tokenizer.json, chat template, bos id, eos ids.
 
-    As in transformers 5: `add_bos_token` and `add_eos_token` of tokenizer_config.json, where given, decide what
-    encloses a text; the special tokens named there count as special; chat_template.jinja goes before the one inside.
-    The ids of generation_config.json end a text, or those of config.json where it names none, and the tokenizer's own.
+    As in transformers: the special tokens named in tokenizer_config.json count as special; chat_template.jinja goes before
+    the one inside.  `add_bos_token` and `add_eos_token` there, where given, decide what encloses a text, as in llama.cpp and
+    transformers 4 (5 goes by tokenizer.json alone).  The ids of generation_config.json end a text, or those of config.json
+    where it names none, and the tokenizer's own.
     """
     if not (folder / 'tokenizer.json').exists():
         raise FormatError(f'{folder} has no tokenizer.json; save it with a fast tokenizer (save_pretrained does)')
     tokenizer = parse_json(read_text(folder / 'tokenizer.json'), folder / 'tokenizer.json')
-    known = vocabulary(tokenizer)
+    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').exists() else {}
+    template = open_chat_template(folder, settings)
+    known = usable_tokens(tokenizer, settings, template, config.vocab_size)
     if max(known.values(), default=0) >= config.vocab_size:
         raise FormatError(f'{folder / "tokenizer.json"} has token ids up to {max(known.values())}; '
                           f'config.json allows vocab_size {config.vocab_size}')
-    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').exists() else {}
-    for key in ('bos_token', 'eos_token', 'unk_token', 'pad_token'):
-        add_special(tokenizer, known, named_token(settings, key))
+    for token in special_tokens(settings):
+        make_special(tokenizer, known, token)
     for id, entry in (settings.get('added_tokens_decoder') or {}).items():
         content = entry.get('content') if isinstance(entry, dict) else entry
+        if content not in known and without_row(id, config.vocab_size):
+            continue
         if str(known.get(content)) != id:
             raise FormatError(f'tokenizer_config.json gives token {short(content)} the id {id}; '
                               f'tokenizer.json gives it {known.get(content)}')
     bos, eos = (named_id(known, settings, key) for key in ('bos_token', 'eos_token'))
-    if 'add_bos_token' in settings or 'add_eos_token' in settings:
-        tokenizer['post_processor'] = bos_eos_processor(
-            named_token(settings, 'bos_token') if settings.get('add_bos_token') else None, bos,
-            named_token(settings, 'eos_token') if settings.get('add_eos_token') else None, eos)
+    if isinstance(settings.get('add_bos_token'), bool) or isinstance(settings.get('add_eos_token'), bool):
+        before, after = (named_token(settings, key) if asked_for(settings, key, tokenizer) else None
+                         for key in ('bos_token', 'eos_token'))
+        tokenizer['post_processor'] = bos_eos_processor(before, bos, after, eos)
     generation = read_json(folder / 'generation_config.json') if (folder / 'generation_config.json').exists() else {}
     ends = generation.get('eos_token_id')
     where = 'generation_config.json' if ends is not None else 'config.json'
@@ -157,7 +162,7 @@ def open_tokenizer(folder: Path, config: ModelConfig, family: Family, values: Ma
     if 'bos_token' not in settings:
         bos = values['bos_token_id'] if 'bos_token_id' in values else default_id(family.bos, config)
         bos = checked_token_id(bos, config.vocab_size, 'config.json: bos_token_id')
-    return dump(tokenizer), open_chat_template(folder, settings), bos, tuple(ids)
+    return dump(tokenizer), template, bos, tuple(ids)
 
 
 def default_id(id: int | None, config: ModelConfig) -> int | None:
@@ -178,6 +183,62 @@ def named_id(known: Mapping[str, int], settings: Mapping, key: str) -> int | Non
     if token is not None and token not in known:
         raise FormatError(f'tokenizer_config.json: {key} is {short(token)}, which tokenizer.json does not have')
     return known.get(token)
+
+
+def usable_tokens(tokenizer: dict, settings: Mapping, template: str | None, vocab_size: int) -> dict[str, int]:
+    """Every token with its id.  Leaves out added tokens for which the model has no row and that nothing here asks for, such
+    as the one for pictures in the smallest Gemma 3."""
+    vocabulary(tokenizer)
+    wanted = [named_token(settings, key) for key in ('bos_token', 'eos_token', 'unk_token')]
+    added = tokenizer.get('added_tokens') or []
+    kept = [entry for entry in added if entry['id'] < vocab_size or entry['content'] in wanted
+            or entry['content'] in (template or '')]
+    if len(kept) < len(added):
+        tokenizer['added_tokens'] = kept
+    return vocabulary(tokenizer)
+
+
+def without_row(id: str, vocab_size: int) -> bool:
+    return id.isascii() and id.isdigit() and len(id) < 19 and int(id) >= vocab_size
+
+
+def special_tokens(settings: Mapping) -> list[str]:
+    """The tokens that tokenizer_config.json names as special ones, in the spellings of transformers 4 and 5."""
+    named = [named_token(settings, key) for key in NAMED_TOKENS]
+    extra = settings.get('extra_special_tokens') or {}
+    several = [*(extra.values() if isinstance(extra, dict) else as_list(extra)),
+               *as_list(settings.get('additional_special_tokens'))]
+    decoder = settings.get('added_tokens_decoder') or {}
+    if not isinstance(decoder, dict):
+        raise FormatError(f'tokenizer_config.json: added_tokens_decoder is {short(decoder)}; expected an object')
+    several += [entry for entry in decoder.values() if isinstance(entry, dict) and entry.get('special') is True]
+    several = [token.get('content') if isinstance(token, dict) else token for token in several]
+    return [token for token in [*named, *several] if isinstance(token, str)]
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def make_special(tokenizer: dict, known: Mapping[str, int], token: str) -> None:
+    """Makes a token of the vocabulary a special one."""
+    for entry in tokenizer.get('added_tokens') or ():
+        if entry['content'] == token:
+            entry['special'] = True
+    add_special(tokenizer, known, token)
+
+
+def asked_for(settings: Mapping, key: str, tokenizer: Mapping) -> bool:
+    """Whether a text gets this token: as the setting says, else as tokenizer.json does."""
+    setting = settings.get(f'add_{key}')
+    if isinstance(setting, bool):
+        return setting
+    processor = tokenizer.get('post_processor')
+    parts = [processor, *as_list(processor.get('processors'))] if isinstance(processor, dict) else []
+    items = [item for part in parts if isinstance(part, dict) for item in as_list(part.get('single'))]
+    found = [item['SpecialToken'].get('id') for item in items
+             if isinstance(item, dict) and isinstance(item.get('SpecialToken'), dict)]
+    return named_token(settings, key) in found
 
 
 def open_chat_template(folder: Path, settings: Mapping) -> str | None:

@@ -23,7 +23,9 @@ NEUTRAL_KEYS = frozenset((
     'min_length', 'max_length', 'max_new_tokens', 'repetition_penalty', 'length_penalty', 'no_repeat_ngram_size',
     'num_beams', 'num_beam_groups', 'diversity_penalty', 'early_stopping', 'num_return_sequences', 'bad_words_ids',
     'begin_suppress_tokens', 'suppress_tokens', 'encoder_no_repeat_ngram_size', 'exponential_decay_length_penalty',
-    'forced_bos_token_id', 'forced_eos_token_id', 'remove_invalid_values',
+    'forced_bos_token_id', 'forced_eos_token_id', 'remove_invalid_values', 'tf_legacy_loss', 'num_labels', '_num_labels',
+    'output_past', 'predict_special_tokens', 'custom_pipelines', 'internal_version', 'max_sequence_length',
+    'pretraining_tp',  # how a sum was split while training
 ))
 
 # Keys of every architecture that mean what this code computes.
@@ -61,7 +63,7 @@ def standard(facts: Mapping, rope: Callable[[Mapping, int], dict] = read_rope, *
         values['qkv_bias'] = values['attn_out_bias'] = flag(facts, 'attention_bias')
     if 'mlp_bias' in facts:
         values['mlp_bias'] = flag(facts, 'mlp_bias')
-    return ModelConfig(**values | rope(facts, head_dim) | more)
+    return ModelConfig(**values | rope(facts, head_dim) | unchunked(facts) | more)
 
 
 def flag(facts: Mapping, key: str) -> bool:
@@ -88,6 +90,12 @@ def either(facts: Mapping, keys: tuple[str, str], default: int) -> int:
         raise FormatError(f'{WHERE}: {keys[0]} is {short(facts[keys[0]])} and {keys[1]} is {short(facts[keys[1]])}; '
                           'expected the same')
     return whole({keys[0]: next(iter(given), default)}, keys[0], WHERE)
+
+
+def agree(facts: Mapping, key: str, value) -> None:
+    """Raises FormatError where a second key for a value is given and differs."""
+    if facts[key] is not None and number(facts, key, WHERE) != value:
+        raise FormatError(f'{WHERE}: {key} is {short(facts[key])}; expected {short(value)}, as the other keys say')
 
 
 def layer_numbers(facts: Mapping, key: str) -> tuple[int, ...]:
@@ -129,6 +137,19 @@ def pattern_windows(facts: Mapping, default: int) -> dict:
     if pattern < 1:
         raise FormatError(f'{WHERE}: sliding_window_pattern is {pattern}; expected 1 or more')
     return windows(facts, lambda layer: (layer + 1) % pattern != 0)
+
+
+def unchunked(facts: Mapping) -> dict:
+    """max_positions of a model with dual chunk attention: within its first chunk that is the usual attention."""
+    chunks = facts.get('dual_chunk_attention_config')
+    if chunks is None:
+        return {}
+    if not isinstance(chunks, dict):
+        raise FormatError(f'{WHERE}: dual_chunk_attention_config is {short(chunks)}; expected null or an object')
+    size, local = (whole({key: chunks.get(key)}, key, WHERE) for key in ('chunk_size', 'local_size'))
+    if not 0 <= local < size:
+        raise FormatError(f'{WHERE}: chunk_size is {size} and local_size {local}; expected 0 or more, and less than the chunk')
+    return {'max_positions': min(size - local, whole(facts, 'max_position_embeddings', WHERE))}
 
 
 # ---- experts

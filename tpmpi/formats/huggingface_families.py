@@ -16,6 +16,7 @@ from tpmpi.formats.huggingface_config import (
     FIXED,
     NEUTRAL_KEYS,
     activation,
+    agree,
     dense_layers,
     either,
     experts,
@@ -36,7 +37,7 @@ LAYER_NORM = {key: value for key, value in LLAMA.items() if key not in ('rms_nor
 MULTIPLIERS = {'embedding_multiplier': 1.0, 'logits_scaling': 1.0, 'residual_multiplier': 1.0, 'attention_multiplier': 1.0}
 NO_BIAS = {'attention_bias': (False, None), 'mlp_bias': (False, None)}
 GELU_TANH = ('gelu_pytorch_tanh', 'gelu', 'gelu_new', None)  # what Gemma's files say, for the same function
-INV_FREQ = r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
+INV_FREQ = r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)'
 
 
 def entry(config: Callable[[dict], ModelConfig], names: Mapping[str, str | Taken], facts: Mapping, fixed: Mapping | None = None,
@@ -167,15 +168,19 @@ def layer_norm(facts: dict, rope: Callable = read_rope, **more) -> ModelConfig:
 
 def gpt_neox(facts: dict) -> ModelConfig:
     parallel = truth(facts, 'use_parallel_residual', WHERE)
+    agree(facts, 'partial_rotary_factor', facts['rotary_pct'])
+    agree(facts, 'rope_theta', facts['rotary_emb_base'])
     return layer_norm(facts, functools.partial(read_rope, partial='rotary_pct', theta='rotary_emb_base'), gated=False,
                       mlp_bias=True, parallel_block=parallel, parallel_mlp_norm=parallel)
 
 
 def phi(facts: dict) -> ModelConfig:
     norm = truth(facts, 'qk_layernorm', WHERE)
-    return layer_norm(facts, functools.partial(read_rope, partial='partial_rotary_factor'), gated=False, parallel_block=True,
-                      qkv_bias=True, attn_out_bias=True, mlp_bias=True, head_bias=True, qk_norm='head' if norm else 'none',
-                      qk_norm_bias=norm)
+    config = layer_norm(facts, functools.partial(read_rope, partial='partial_rotary_factor'), gated=False, parallel_block=True,
+                        qkv_bias=True, attn_out_bias=True, mlp_bias=True, head_bias=True, qk_norm='head' if norm else 'none',
+                        qk_norm_bias=norm)
+    agree(facts, 'rotary_dim', config.rotary_dim or config.head_dim)
+    return config
 
 
 def stablelm(facts: dict) -> ModelConfig:
@@ -190,8 +195,9 @@ def parallel_cohere(facts: dict, **more) -> ModelConfig:
 
 
 def cohere(facts: dict) -> ModelConfig:
-    """The one with norms of q and k."""
-    return parallel_cohere(facts, qk_norm='head' if flag(facts, 'use_qk_norm') else 'none')
+    """The one with norms of q and k.  model_max_length goes before max_position_embeddings, which is smaller than that."""
+    longer = {} if facts['model_max_length'] is None else {'max_positions': whole(facts, 'model_max_length', WHERE)}
+    return parallel_cohere(facts, qk_norm='head' if flag(facts, 'use_qk_norm') else 'none', **longer)
 
 
 def cohere2(facts: dict) -> ModelConfig:
@@ -258,7 +264,8 @@ def granite_moe(facts: dict) -> ModelConfig:
 ROUTER = ('output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise')  # of training
 QWEN = LLAMA | {
     'vocab_size': 151936, 'intermediate_size': 22016, 'num_key_value_heads': 32, 'max_position_embeddings': 32768,
-    'use_sliding_window': False, 'sliding_window': 4096, 'max_window_layers': 28, 'layer_types': None}
+    'use_sliding_window': False, 'sliding_window': 4096, 'max_window_layers': 28, 'layer_types': None,
+    'dual_chunk_attention_config': None}
 QWEN_FIXED = {'use_mrope': (False, None)}
 MISTRAL = LLAMA | {
     'intermediate_size': 14336, 'num_key_value_heads': 8, 'max_position_embeddings': 4096 * 32, 'sliding_window': 4096}
@@ -276,13 +283,12 @@ GEMMA3 = {key: value for key, value in GEMMA2.items() if key != 'attn_logit_soft
 GEMMA_FIXED = {'hidden_act': GELU_TANH, 'hidden_activation': GELU_TANH, 'use_bidirectional_attention': (False, None)}
 COHERE = {**LAYER_NORM, 'vocab_size': 256000, 'hidden_size': 8192, 'intermediate_size': 22528, 'num_hidden_layers': 40,
           'num_attention_heads': 64, 'max_position_embeddings': 8192, 'tie_word_embeddings': True, 'attention_bias': False,
-          'logit_scale': 0.0625, 'use_qk_norm': False}
-COHERE2 = {key: value for key, value in COHERE.items() if key != 'use_qk_norm'} | {
-    'head_dim': None, 'sliding_window': 4096, 'layer_types': None, 'sliding_window_pattern': None}
+          'logit_scale': 0.0625}
+COHERE2 = COHERE | {'head_dim': None, 'sliding_window': 4096, 'layer_types': None, 'sliding_window_pattern': None}
 COHERE2_FIXED = {
     'use_qk_norm': (False, None), 'layer_norm_bias': (False, None), 'rotary_pct': (1.0, 1, None), 'layer_switch': (4, None),
     'position_embedding_type': ('rope_gptj', None), 'order_of_interleaved_layers': ('local_attn_first', None),
-    'use_gated_activation': (True, None), 'use_parallel_block': (True, None)}
+    'use_gated_activation': (True, None), 'use_parallel_block': (True, None), '_sliding_window_pattern': (4, None)}
 OLMO2 = LLAMA | {'vocab_size': 50304, 'attention_bias': False, 'rms_norm_eps': 1e-5}
 MOE = {'num_experts_per_tok': 2, 'norm_topk_prob': False}
 QWEN_MOE = {'decoder_sparse_step': 1, 'mlp_only_layers': None, 'hidden_size': 2048, 'num_hidden_layers': 24}
@@ -290,18 +296,16 @@ QWEN_MOE = {'decoder_sparse_step': 1, 'mlp_only_layers': None, 'hidden_size': 20
 HUGGING_FACE = {
     'LlamaForCausalLM': entry(
         standard, tensors.LLAMA, LLAMA | {'attention_bias': False, 'mlp_bias': False},
-        {'pretraining_tp': (1, None), 'rope_interleaved': (False,), 'partial_rotary_factor': (1.0, 1, None),
-         'sliding_window': (None,)}),
+        {'rope_interleaved': (False,), 'partial_rotary_factor': (1.0, 1, None), 'sliding_window': (None,)}),
     'SmolLM3ForCausalLM': entry(
         smollm3, tensors.LLAMA,
         LLAMA | {'vocab_size': 128256, 'hidden_size': 2048, 'num_hidden_layers': 36, 'num_attention_heads': 16,
                  'num_key_value_heads': 4, 'max_position_embeddings': 32768, 'rope_theta': 2e6, 'use_sliding_window': False,
                  'sliding_window': None, 'no_rope_layers': None, 'no_rope_layer_interval': 4, 'layer_types': None,
                  'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': True}, {},
-        ('pretraining_tp', 'max_window_layers'), bos=128000, eos=128001),
-    'MistralForCausalLM': entry(lambda facts: standard(facts, **windows(facts)), tensors.LLAMA, MISTRAL, NO_BIAS),
-    'MinistralForCausalLM': entry(
-        lambda facts: standard(facts, **windows(facts)), tensors.LLAMA, MISTRAL | {'layer_types': None}, NO_BIAS),
+        ('max_window_layers',), bos=128000, eos=128001),
+    **dict.fromkeys(('MistralForCausalLM', 'MinistralForCausalLM'), entry(
+        lambda facts: standard(facts, **windows(facts)), tensors.LLAMA, MISTRAL | {'layer_types': None}, NO_BIAS)),
     'Ministral3ForCausalLM': entry(
         ministral3, tensors.LLAMA,
         MISTRAL | {'vocab_size': 131072, 'num_hidden_layers': 34, 'head_dim': 128, 'max_position_embeddings': 262144,
@@ -332,7 +336,8 @@ HUGGING_FACE = {
     'GPT2LMHeadModel': gpt2_family(by_layer=False),
     'GPTNeoXForCausalLM': entry(
         gpt_neox, tensors.GPT_NEOX,
-        {key: value for key, value in LAYER_NORM.items() if key not in ('rope_theta', 'num_key_value_heads')} | {
+        {key: value for key, value in LAYER_NORM.items() if key != 'num_key_value_heads'} | {
+            'rope_theta': None, 'partial_rotary_factor': None,
             'vocab_size': 50432, 'hidden_size': 6144, 'intermediate_size': 24576, 'num_hidden_layers': 44,
             'num_attention_heads': 64, 'hidden_act': 'gelu', 'use_parallel_residual': True, 'attention_bias': True,
             'rotary_pct': 0.25, 'rotary_emb_base': 10000.0},
@@ -341,9 +346,11 @@ HUGGING_FACE = {
     'PhiForCausalLM': entry(
         phi, tensors.PHI,
         LAYER_NORM | {'vocab_size': 51200, 'hidden_size': 2048, 'intermediate_size': 8192, 'num_hidden_layers': 24,
-                      'hidden_act': 'gelu_new', 'qk_layernorm': False, 'partial_rotary_factor': 0.5}, {}, ('auto_map',)),
+                      'hidden_act': 'gelu_new', 'qk_layernorm': False, 'partial_rotary_factor': 0.5, 'rotary_dim': None}, {},
+        ('auto_map', 'attention_bias')),
     'CohereForCausalLM': entry(
-        cohere, tensors.COHERE, COHERE | {'rope_theta': 500000.0}, {'layer_norm_bias': (False, None)}, bos=5, eos=255001),
+        cohere, tensors.COHERE, COHERE | {'rope_theta': 500000.0, 'use_qk_norm': False, 'model_max_length': None},
+        {'layer_norm_bias': (False, None)}, bos=5, eos=255001),
     'Cohere2ForCausalLM': entry(
         cohere2, tensors.COHERE, COHERE2, COHERE2_FIXED, ('use_embedding_sharing', 'use_parallel_embedding'), bos=5, eos=255001),
     'Olmo2ForCausalLM': entry(lambda facts: standard(facts, **OLMO), tensors.OLMO2, OLMO2, bos=None, eos=50279),
@@ -355,7 +362,7 @@ HUGGING_FACE = {
         LAYER_NORM | {'vocab_size': 50304, 'hidden_size': 2560, 'intermediate_size': 6912, 'num_key_value_heads': 32,
                       'max_position_embeddings': 4096, 'use_qkv_bias': False, 'qk_layernorm': False,
                       'use_parallel_residual': False, 'partial_rotary_factor': 0.25},
-        {'use_norm_bias': (True, None), 'rotary_scaling_factor': (1.0, None)}, bos=0, eos=0),
+        {'use_norm_bias': (True, None), 'rotary_scaling_factor': (1.0, None)}, ('num_heads',), bos=0, eos=0),
     'MixtralForCausalLM': entry(
         mixtral, tensors.MIXTRAL,
         MISTRAL | MOE | {'rms_norm_eps': 1e-5, 'rope_theta': 1e6, 'sliding_window': None, 'num_local_experts': None,
@@ -372,7 +379,8 @@ HUGGING_FACE = {
         {key: value for key, value in QWEN.items() if key not in ('layer_types', 'max_window_layers')} | MOE | QWEN_MOE | {
             'intermediate_size': 6144, 'num_key_value_heads': 4, 'moe_intermediate_size': 768, 'num_experts_per_tok': 8,
             'num_experts': None, 'num_local_experts': None, 'attention_bias': False},
-        QWEN_FIXED, (*ROUTER, 'max_window_layers'), bos=None, eos=None, tidy=tensors.single_experts),
+        QWEN_FIXED | {'qkv_bias': (False,), 'use_qk_norm': (True,), 'shared_expert_intermediate_size': (0, None)},
+        (*ROUTER, 'max_window_layers'), bos=None, eos=None, tidy=tensors.single_experts),
     'OlmoeForCausalLM': entry(
         olmoe, tensors.OLMOE,
         OLMO2 | MOE | {'hidden_size': 2048, 'intermediate_size': 2048, 'num_hidden_layers': 16, 'num_attention_heads': 16,

@@ -15,7 +15,7 @@ NUMBERS = {  # of each type, besides rope_theta: what must be given, and what ma
     'linear': (('factor',), ()),
     'dynamic': (('factor',), ()),
     'llama3': (('factor', 'low_freq_factor', 'high_freq_factor'), ()),
-    'yarn': ((), ('factor', 'beta_fast', 'beta_slow', 'attention_factor', 'mscale', 'mscale_all_dim')),
+    'yarn': ((), ('factor', 'beta_fast', 'beta_slow', 'attention_factor', 'attn_factor', 'mscale', 'mscale_all_dim')),
     'longrope': ((), ('factor', 'attention_factor')),
 }
 OTHERS = {'llama3': {'original_max_position_embeddings'}, 'yarn': {'original_max_position_embeddings', 'truncate', 'finetuned'},
@@ -118,12 +118,18 @@ def scaled(inner: dict, key: str, dim: int, facts: Mapping, kinds: tuple[str, ..
 
 
 def read_yarn(inner: Mapping, values: Mapping, theta: float, dim: int, length: int, original: int) -> dict:
-    """YaRN with the defaults of transformers, where 0 counts as none."""
+    """YaRN with the defaults of transformers, where 0 counts as none.
+
+    attn_factor multiplies the magnitude, as its authors (DeepSeek-R1-0528-Qwen3-8B), vLLM and SGLang mean it; transformers
+    does not read it.
+    """
     factor = length / original if values['factor'] is None else values['factor']
     magnitude = values['attention_factor']
     if magnitude is None and values['mscale'] and values['mscale_all_dim']:
         magnitude = rope_scaling.yarn_magnitude(factor, values['mscale']) / rope_scaling.yarn_magnitude(
             factor, values['mscale_all_dim'])
+    if values['attn_factor'] is not None:
+        magnitude = values['attn_factor'] * (rope_scaling.yarn_magnitude(factor) if magnitude is None else magnitude)
     truncate = truth({'truncate': inner.get('truncate', True)}, 'truncate', WHERE)
     return rope_scaling.yarn(theta, dim, length, factor, original, values['beta_fast'] or 32.0, values['beta_slow'] or 1.0,
                              truncate, magnitude)
