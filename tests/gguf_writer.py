@@ -39,8 +39,8 @@ for _number, _byte in enumerate([b for b in range(256) if ALPHABET[b] is None]):
 
 def _cases():
     """Cases of family_cases that GGUF can say, and others like those that it cannot."""
-    for name in ('llama', 'llama_tied', 'llama_rope_llama3', 'llama_rope_linear', 'llama_rope_yarn', 'mistral_full', 'mixtral',
-                 'qwen2', 'qwen3', 'qwen3_bias', 'qwen3_moe', 'gemma', 'gemma_old', 'gemma3_softcap', 'phi', 'phi3',
+    for name in ('llama', 'llama_tied', 'llama_rope_llama3', 'llama_rope_linear', 'llama_rope_yarn', 'mistral_full', 'ministral3',
+                 'mixtral', 'qwen2', 'qwen3', 'qwen3_bias', 'qwen3_moe', 'gemma', 'gemma_old', 'gemma3_softcap', 'phi', 'phi3',
                  'phi3_longrope_short', 'phi3_longrope_long', 'phi3_partial', 'gpt2', 'gpt_neox_sequential', 'cohere',
                  'cohere_qk_norm', 'cohere2', 'olmo2', 'olmo3', 'olmo3_yarn', 'olmoe', 'granite', 'granite_bias', 'granitemoe',
                  'stablelm', 'stablelm_parallel'):

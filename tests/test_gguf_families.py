@@ -259,7 +259,8 @@ def test_a_model_in_several_files(tmp_path):
 
 
 @pytest.mark.parametrize('name, key, value, message', [
-    ('mistral3', 'attention.temperature_scale', 0.1, 'attention.temperature_scale is 0.10000.*supported is 0.0 only'),
+    ('llama', 'attention.temperature_scale', 0.1, 'attention.temperature_scale is 0.10000.*supported is 0.0 only'),
+    ('mistral3', 'attention.temperature_scale', -0.1, 'query_growth is -0.1'),
     ('mixtral', 'expert_gating_func', 2, 'expert_gating_func is 2; supported is 0 or 1 only'),
     ('mixtral', 'expert_weights_norm', False, 'expert_weights_norm is False; supported is True only'),
     ('mixtral', 'expert_used_count', [2, 1], r'expert_used_count is \[2, 1\]; supported is one number for all layers only'),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpmpi.config import ModelConfig
 from tpmpi.formats import views
@@ -208,6 +208,14 @@ def olmo2(keys: dict, facts: dict, found: Found) -> dict:
     return window | (local_rope(keys, facts['rope_theta']) if window else {})
 
 
+def mistral3(keys: dict, facts: dict, found: Found) -> dict:
+    """Queries grow from the original context length on: n_attn_temp_floor_scale = n_ctx_orig_yarn."""
+    growth = number(keys, 'attention.temperature_scale', GGUF_WHERE)
+    original = keys['rope.scaling.original_context_length']
+    positions = facts['max_positions'] if original is None else whole(keys, 'rope.scaling.original_context_length', GGUF_WHERE)
+    return {'query_growth': growth, 'query_growth_positions': positions} if growth else {}
+
+
 def granite(keys: dict, facts: dict, found: Found) -> dict:
     """Multipliers; rope.scaling.finetuned = false takes RoPE away (granite.cpp)."""
     scale = {key: number(keys, key, GGUF_WHERE) for key in GRANITE_KEYS}
@@ -312,7 +320,7 @@ COHERE = {'norm': 'layer', 'parallel_block': True}
 OF_2019 = {'norm': 'layer', 'gated': False, 'activation': 'gelu_tanh'}  # of gptneox, too, where transformers has 'gelu'
 GGUF = {
     'llama': LLAMA,
-    'mistral3': LLAMA,
+    'mistral3': replace(LLAMA, keys={'attention.temperature_scale': 0.0}, more=mistral3),
     'smollm3': Architecture(neighbours=True, more=lambda keys, facts, found: {
         'nope_layers': tuple(range(3, facts['num_layers'], 4))}),  # n_no_rope_layer_step = 4
     'qwen2': Architecture(),
