@@ -124,8 +124,9 @@ def test_what_a_config_leaves_out_is_what_the_classes_say(transformers):
         assert defaults['vocab_size'] == family.facts['vocab_size']
         for key in family.facts.keys() & defaults.keys() - {'num_experts', 'num_local_experts'}:
             assert defaults[key] == family.facts[key], f'{architecture}: {key}'
-        if 'rope_theta' in family.facts and isinstance(config.default_theta, float):
-            assert family.facts['rope_theta'] == config.default_theta, architecture
+        theta = family.facts.get('rope_theta') or family.facts.get('rotary_emb_base')  # GPT-NeoX's name
+        if theta is not None and isinstance(config.default_theta, float):
+            assert theta == config.default_theta, architecture
         assert (defaults['bos_token_id'], defaults['eos_token_id']) == (family.bos, family.eos), architecture
 
 

@@ -78,7 +78,7 @@ def phi3(facts: dict) -> ModelConfig:
 def ministral3(facts: dict) -> ModelConfig:
     """Ministral 3: queries grow with the position, as rope_parameters say."""
     key = 'rope_scaling' if facts['rope_scaling'] else 'rope_parameters'
-    rope = as_object(facts[key], key)
+    rope = as_object(facts[key] or MINISTRAL3_ROPE, key)
     growth = number({'llama_4_scaling_beta': rope.pop('llama_4_scaling_beta', None)}, 'llama_4_scaling_beta', WHERE)
     original = whole({'original_max_position_embeddings': rope.get('original_max_position_embeddings')},
                      'original_max_position_embeddings', WHERE)
@@ -269,6 +269,9 @@ QWEN = LLAMA | {
 QWEN_FIXED = {'use_mrope': (False, None)}
 MISTRAL = LLAMA | {
     'intermediate_size': 14336, 'num_key_value_heads': 8, 'max_position_embeddings': 4096 * 32, 'sliding_window': 4096}
+MINISTRAL3_ROPE = {  # where its file says nothing of RoPE
+    'type': 'yarn', 'rope_theta': 1e6, 'factor': 16.0, 'original_max_position_embeddings': 16384, 'beta_fast': 32.0,
+    'beta_slow': 1.0, 'mscale_all_dim': 1.0, 'mscale': 1.0, 'llama_4_scaling_beta': 0.1}
 GEMMA = {key: value for key, value in LLAMA.items() if key != 'hidden_act'} | {
     'vocab_size': 256000, 'hidden_size': 3072, 'intermediate_size': 24576, 'num_hidden_layers': 28, 'num_attention_heads': 16,
     'num_key_value_heads': 16, 'head_dim': 256, 'max_position_embeddings': 8192, 'tie_word_embeddings': True,
@@ -308,11 +311,8 @@ HUGGING_FACE = {
         lambda facts: standard(facts, **windows(facts)), tensors.LLAMA, MISTRAL | {'layer_types': None}, NO_BIAS)),
     'Ministral3ForCausalLM': entry(
         ministral3, tensors.LLAMA,
-        MISTRAL | {'vocab_size': 131072, 'num_hidden_layers': 34, 'head_dim': 128, 'max_position_embeddings': 262144,
-                   'rms_norm_eps': 1e-5, 'sliding_window': None, 'rope_parameters': {
-                       'type': 'yarn', 'rope_theta': 1e6, 'factor': 16.0, 'original_max_position_embeddings': 16384,
-                       'beta_fast': 32.0, 'beta_slow': 1.0, 'mscale_all_dim': 1.0, 'mscale': 1.0, 'llama_4_scaling_beta': 0.1}},
-        NO_BIAS),
+        MISTRAL | {'vocab_size': 131072, 'num_hidden_layers': 34, 'head_dim': 128, 'rms_norm_eps': 1e-5, 'sliding_window': None,
+                   'max_position_embeddings': 262144}, NO_BIAS),
     'Qwen2ForCausalLM': entry(
         lambda facts: qwen(facts, qkv_bias=True), tensors.LLAMA, QWEN, QWEN_FIXED | NO_BIAS, bos=None, eos=None),
     'Qwen3ForCausalLM': entry(
