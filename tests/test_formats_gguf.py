@@ -16,6 +16,9 @@ from tpmpi.sharding import tensor_specs
 from tpmpi.tokenizer import Tokenizer
 
 gguf = pytest.importorskip('gguf', reason='GGUF files are written and dequantized by the gguf package')
+
+from gguf_writer import ALPHABET, interleaved  # noqa: E402
+
 Type = gguf.GGMLQuantizationType
 
 REFERENCES = Path(__file__).parent / 'references'
@@ -29,9 +32,6 @@ NAMES = {
     'attn_norm': 'attn_norm', 'q': 'attn_q', 'k': 'attn_k', 'v': 'attn_v', 'attn_out': 'attn_output',
     'mlp_norm': 'ffn_norm', 'gate': 'ffn_gate', 'up': 'ffn_up', 'down': 'ffn_down', 'embedding': 'token_embd',
     'final_norm': 'output_norm', 'head': 'output'}
-ALPHABET = [chr(b) if 0x21 <= b < 0x7f or 0xa1 <= b < 0xad or b >= 0xae else None for b in range(256)]
-for number, byte in enumerate([b for b in range(256) if ALPHABET[b] is None]):
-    ALPHABET[byte] = chr(256 + number)
 TOKENS = ALPHABET + ['in', 'Ġt', 'he', 'Ġthe', 'ĠĠ', '<|im_start|>', '<|im_end|>', '<think>'] + [
     f'<unused{n}>' for n in range(36)]
 TYPES = [1] * 261 + [3, 3, 4] + [5] * 36
@@ -46,16 +46,6 @@ FACTS = {
     'llama.attention.layer_norm_rms_epsilon': 1e-5, 'llama.rope.dimension_count': 16, 'llama.vocab_size': 300,
     'general.name': 'Tiny', 'general.file_type': 0}
 REMOVE = object()
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """q or k as llama.cpp wants them: rows 2j and 2j + 1 of a head are Hugging Face's j and j + head_dim / 2."""
-    out, dim = np.empty_like(weight), len(weight) // heads
-    for head in range(heads):
-        for j in range(dim // 2):
-            out[head * dim + 2 * j] = weight[head * dim + j]
-            out[head * dim + 2 * j + 1] = weight[head * dim + j + dim // 2]
-    return out
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
