@@ -17,7 +17,15 @@ GOOD = dataclasses.asdict(tiny.NINE_HEADS)
     ({'vocab_size': 1 << 60}, 'vocab_size'), ({'num_kv_heads': 2}, '9 query heads cannot share 2 KV heads'),
     ({'norm': 'batch'}, "norm is 'batch'"), ({'activation': 'swish2'}, 'activation'), ({'residual': 1}, 'residual is 1'),
     ({'ffn_block': 100}, 'ffn_block is 100'), ({'head_dim': 7}, 'head_dim is 7'), ({'rope_theta': 0.0}, 'rope_theta is 0.0'),
-    ({'norm_eps': float('nan')}, 'norm_eps'), ({'window': 0}, 'window is 0'), ({'alibi': True}, "unknown fact 'alibi'"),
+    ({'norm_eps': float('nan')}, 'norm_eps'),
+    ({'qk_norm': 'all', 'norm': 'layer'}, "qk_norm is 'all'"), ({'qk_norm': 'all', 'qk_norm_bias': True}, "qk_norm is 'all'"),
+    ({'qk_norm': 'head', 'norm': 'none'}, "qk_norm is 'head'"),
+    ({'num_experts': 4, 'experts_per_token': 2, 'expert_ffn_size': 8, 'mlp_bias': True}, 'mlp_bias with experts'),
+    ({'num_experts': 4, 'experts_per_token': 5, 'expert_ffn_size': 8}, '5 of 4 experts'),
+    ({'rope_long_divisors': (1.0,) * 4}, 'rope_original_positions is 0'), ({'window_layers': (0,)}, 'without a window'),
+    ({'parallel_block': True, 'post_norm': True}, 'a parallel block has neither'),
+    ({'query_growth': 0.5}, 'query_growth is 0.5'), ({'nope_layers': (99,)}, 'numbers of layers'),
+    ({'window': 0}, 'window is 0'), ({'alibi': True}, "unknown fact 'alibi'"),
 ])
 def test_what_contradicts_itself_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):

@@ -135,6 +135,12 @@ class ModelConfig:
         self._check_positions()
         if self.parallel_block and (self.post_norm or self.num_experts):
             raise ConfigError('model configuration: a parallel block has neither post_norm nor experts')
+        if self.num_experts and self.mlp_bias:
+            raise ConfigError('model configuration: mlp_bias with experts; theirs have none')
+        over_all = self.qk_norm == 'all' and (self.norm != 'rms' or self.qk_norm_bias)
+        if self.qk_norm != 'none' and self.norm == 'none' or over_all:
+            raise ConfigError(f'model configuration: qk_norm is {self.qk_norm!r}, qk_norm_bias {self.qk_norm_bias}, norm '
+                              f'{self.norm!r}; a norm over all heads is an RMS norm without bias')
         if self.num_experts and not (1 <= self.experts_per_token <= self.num_experts and self.expert_ffn_size and self.gated):
             raise ConfigError(f'model configuration: {self.experts_per_token} of {self.num_experts} experts of '
                               f'{self.expert_ffn_size} columns, gated {self.gated}; expected 1 to {self.num_experts} gated ones')
