@@ -236,6 +236,28 @@ def test_many_requests_beyond_their_rings_copy_what_they_share(models):
         check_against_recomputing(request, tensors, config, window=10)
 
 
+@pytest.mark.parametrize('ranks', [1, 3])
+@pytest.mark.parametrize(('run', 'room'), [({}, 40), ({'context': 10}, 26), ({'context': 10, 'sinks': 3}, 26),
+                                           ({'context': 6}, 11)])
+def test_layers_with_and_without_windows_share_beginnings_and_a_cache_that_is_too_small(models, run, room, ranks):
+    """Layers 0 and 2 see 7 tokens, layer 1 all or the context: rings of two kinds on one pool."""
+    path, config, tensors = models['post_norm']
+    assert (config.window, config.window_layers) == (7, (0, 2))
+    rng = np.random.default_rng(ranks)
+    common = rng.integers(0, 256, 18).tolist()
+    prompts = [(common if i % 3 else []) + rng.integers(0, 256, 1 + i % 7).tolist() for i in range(12)]
+    requests = [(p, SamplingParams(max_new_tokens=3 + 2 * i % 17, logprobs=2)) for i, p in enumerate(prompts)]
+    sizes, arrivals = {'chunk': 8, 'block': 4}, [i // 2 for i in range(12)]
+    done, scheduler = run_many(path, requests, ranks, room, 6, sizes | run, arrivals)
+    assert scheduler.preemptions and scheduler.shared_tokens
+    for request, (prompt, params) in zip(done, requests, strict=True):
+        tokens = prompt + request.tokens
+        assert len(request.tokens) == params.max_new_tokens
+        exact = log_softmax(tiny.oracle_logits(tensors, config, tokens, run.get('context'), run.get('sinks', 0)))
+        for row, token, choice in zip(exact[len(prompt) - 1:], request.tokens, request.choices, strict=False):
+            assert choice.logprob == pytest.approx(row[token], abs=1e-4) and row[token] >= row.max() - 1e-4
+
+
 @pytest.mark.parametrize('params', [{}, {'temperature': 1.0}, {'temperature': 0.8, 'top_p': 0.9}, {'repetition_penalty': 1.3}])
 def test_tokens_of_an_earlier_run_are_gone_on_from(models, params):
     path = models['nine_heads'][0]

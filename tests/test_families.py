@@ -50,10 +50,10 @@ def test_communicates_once_or_twice_a_layer_and_keeps_no_more_than_the_window(mo
     row, choices = 4 * config.hidden_size, 4 * config.num_experts
     assert set(report['all_reduces']) <= {row, row + choices, 8}
     assert report['all_reduces'].count(8) == config.num_layers * (config.qk_norm == 'all')
-    windows = [config.layer_window(i) for i in range(config.num_layers)]
-    window = None if None in windows else max(windows)
-    held = ring_positions(len(reference['tokens']), window, reference['prompt_length'] * 2 // 3)
-    assert held <= report['ring'] < held + 8
+    assert len(report['rings']) == config.num_layers
+    for layer, capacity in enumerate(report['rings']):
+        held = ring_positions(len(reference['tokens']), config.layer_window(layer), reference['prompt_length'] * 2 // 3)
+        assert held <= capacity < held + 8
 
 
 @pytest.mark.parametrize('name', REFUSED)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_threads
+from rings import cache_and_rings, step_of
 
 gguf = pytest.importorskip('gguf', reason='GGUF files are written by the gguf package')
 
@@ -30,8 +31,7 @@ from tpmpi.formats.gguf import family_keys, tensor_sources  # noqa: E402
 from tpmpi.formats.gguf_families import GGUF  # noqa: E402
 from tpmpi.formats.gguf_file import read_header  # noqa: E402
 from tpmpi.kernels import reference as ops  # noqa: E402
-from tpmpi.kv_cache import KVCache, Ring  # noqa: E402
-from tpmpi.model import Step, forward, logits  # noqa: E402
+from tpmpi.model import forward, logits  # noqa: E402
 from tpmpi.model_shard import load_model  # noqa: E402
 from tpmpi.sharding import shard  # noqa: E402
 
@@ -54,10 +54,10 @@ def run(path, tokens) -> np.ndarray:
     def work(comm):
         with CheckpointReader(out) as reader:
             model = load_model(reader, shard(reader.config, 0, 1), ops)
-        cache = KVCache(model.config, model.shard, 2, 64, ops)
-        ring, parts = Ring(np.arange(2), 64), []
+        cache, rings = cache_and_rings(model, [2] * len(model.groups), 64, ops)
+        parts = []
         for start, stop in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, len(tokens)))]:
-            step = Step.of(np.asarray(tokens[start:stop]), (ring.segment(0, start, stop - start, length=stop),))
+            step = step_of(tokens[start:stop], rings, start, stop - start, length=stop)
             parts.append(logits(forward(step, model, cache, ops, comm), model, ops))
         return np.concatenate(parts)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpmpi.kernels import reference as ops
-from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_positions
+from tpmpi.kv_cache import KVCache, Ring, block_bytes, layer_groups, pinned_blocks, ring_blocks, ring_positions
 from tpmpi.sharding import shard
 
 
@@ -87,6 +87,49 @@ def test_a_rank_caches_its_own_kv_heads_only(size):
     config = tiny.NINE_HEADS
     for rank in range(size):
         part = shard(config, rank, size)
-        cache = KVCache(config, part, 4, 16, ops, 'bfloat16')
+        cache = KVCache(config, part, layer_groups([(None, 0)] * 3), 4, 16, ops, 'bfloat16')
         assert cache.nbytes == 2 * config.num_layers * len(part.kv_heads) * 4 * 16 * config.head_dim * 2
         assert all(layer.k.shape == (len(part.kv_heads), 64, config.head_dim) for layer in cache.layers)
+
+
+@given(views=st.lists(st.sampled_from([(None, 0), (7, 0), (9, 2)]), min_size=1, max_size=60))
+def test_groups_hold_each_layer_once_and_waste_at_most_a_tenth(views):
+    groups = layer_groups(views)
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(len(views)))
+    assert all(views[layer] == (group.window, group.sinks) for group in groups for layer in group.layers)
+    most = max(len(group.layers) for group in groups)
+    assert most * len(groups) <= 1.1 * len(views)
+
+
+def test_groups_are_as_few_as_they_can_be():
+    """One for equal layers; of Gemma 3 1B's 26 layers every sixth sees all, in Command-R7B every fourth."""
+    assert [len(g.layers) for g in layer_groups([(None, 0)] * 30)] == [30]
+    assert [len(g.layers) for g in layer_groups([(4096, 0), (None, 0)] * 13)] == [13, 13]
+    assert [len(g.layers) for g in layer_groups([(None if i % 6 == 5 else 512, 0) for i in range(26)])] == [4, 4, 4, 4, 4, 2, 4]
+    assert [len(g.layers) for g in layer_groups([(None if i % 4 == 3 else 4096, 0) for i in range(32)])] == [8, 8, 8, 8]
+
+
+def test_layers_of_different_groups_live_in_the_same_arrays():
+    config, views = tiny.NINE_HEADS, [(7, 0), (None, 0), (7, 0)]
+    groups, part = layer_groups(views), shard(config, 0, 1)
+    cache = KVCache(config, part, groups, 6, 16, ops)
+    assert len(groups) == 3 and cache.layers[0].k is cache.layers[1].k is cache.layers[2].k
+    assert cache.nbytes == 6 * block_bytes(config, part, groups, 16, ops, 'float32') == 6 * 2 * 4 * 3 * 16 * 8
+
+
+@given(block=st.integers(1, 9), window=st.integers(1, 60), chunk=st.integers(1, 40), sinks=st.sampled_from([0, 0, 1, 9, 20]),
+       counts=st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_a_ring_that_gets_its_blocks_one_by_one_still_holds_what_a_chunk_needs(block, window, chunk, sinks, counts):
+    """Each block is new: the position's own number, so that the ring can be read without a pool."""
+    counts = [min(count, chunk) for count in counts]
+    total, pinned, at = sum(counts), pinned_blocks(sinks, block), 0
+    size, rolls = ring_blocks(total, window, chunk, block, sinks)
+    ring, whole = Ring.empty(size, block, pinned), -(-total // block)
+    assert size <= whole and rolls == (size < whole)
+    for count in counts:
+        ring.extend(range(ring.reached, -(-(at + count) // block)))
+        segment = ring.segment(0, at, count)
+        assert segment.slots.tolist() == list(range(at, at + count))
+        needed = [p for p in range(at + count) if p > at - window or p < sinks]
+        assert ring.slots(np.array(needed)).tolist() == needed
+        at += count

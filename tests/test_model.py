@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs.shards import TOKENS
 from ranks import on_threads, run_program
+from rings import cache_and_rings, step_of
 
 from tpmpi.checkpoint import CheckpointReader
 from tpmpi.config import ModelConfig
 from tpmpi.kernels import reference as ops
-from tpmpi.kv_cache import KVCache, Ring
-from tpmpi.model import Step, forward, logits
+from tpmpi.model import forward, logits
 from tpmpi.model_shard import load_model
 from tpmpi.sharding import REPLICATED, shard, tensor_specs
 
@@ -163,13 +163,11 @@ def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size
     def work(comm):
         with CheckpointReader(path) as reader:
             model = load_model(reader, shard(config, comm.rank, comm.size), ops, context, sinks=sinks)
-        each = -(-sum(lengths) // 3)
-        cache = KVCache(config, model.shard, 2 * each, 3, ops)
-        rings, start, parts = [Ring(np.arange(i, 2 * each, 2), 3) for i in range(2)], 0, []  # every other block
+        cache, rings = cache_and_rings(model, [-(-sum(lengths) // 3)] * len(model.groups), 3, ops, requests=2)
+        start, parts = 0, []
         for count in lengths:
             tokens = np.concatenate([r[start:start + count] for r in requests])
-            segments = tuple(ring.segment(i * count, start, count) for i, ring in enumerate(rings))
-            hidden = forward(Step.of(tokens, segments), model, cache, ops, comm)
+            hidden = forward(step_of(tokens, rings, start, count), model, cache, ops, comm)
             parts.append(logits(hidden, model, ops).reshape(2, count, -1))
             start += count
         return np.concatenate(parts, axis=1)
@@ -198,9 +196,9 @@ def test_where_ranks_choose_other_experts_rank_0_s_choice_counts(models, size):
 
         with CheckpointReader(path) as reader:
             model = load_model(reader, shard(config, comm.rank, comm.size), ops)
-        cache, ring = KVCache(config, model.shard, 3, 8, ops), Ring(np.arange(3), 8)
-        step = Step.of(TOKENS, (ring.segment(0, 0, len(TOKENS)),))
-        return logits(forward(step, model, cache, Shaken(), comm), model, ops), comm.traffic['all_reduce'].calls
+        cache, rings = cache_and_rings(model, [3], 8, ops)
+        hidden = forward(step_of(TOKENS, rings, 0, len(TOKENS)), model, cache, Shaken(), comm)
+        return logits(hidden, model, ops), comm.traffic['all_reduce'].calls
 
     found, calls = zip(*on_threads(size, work), strict=True)
     expected = tiny.oracle_logits(tensors, config, TOKENS)
@@ -218,8 +216,13 @@ def test_a_shorter_context_is_a_window(models):
     path, config, _ = models['nine_heads']
     with CheckpointReader(path) as reader:
         part = shard(config, 0, 1)
-        assert load_model(reader, part, ops, context=7).window == 7
-        assert load_model(reader, part, ops).window is None
-        windowed = dataclasses.replace(config, window=5)
-        reader.config = windowed
-        assert load_model(reader, part, ops, context=7).window == 5
+        def views(**run):
+            return [(group.layers, group.window, group.sinks) for group in load_model(reader, part, ops, **run).groups]
+
+        assert views(context=7, sinks=2) == [((0, 1, 2), 7, 2)]
+        assert views(sinks=2) == [((0, 1, 2), None, 0)]
+        reader.config = dataclasses.replace(config, window=5)
+        assert views(context=7, sinks=2) == [((0, 1, 2), 5, 0)]
+        reader.config = dataclasses.replace(config, window=5, window_layers=(0, 2))
+        assert views(context=7, sinks=2) == [((0,), 5, 0), ((2,), 5, 0), ((1,), 7, 2)]
+        assert views(context=4) == [((0, 1, 2), 4, 0)]

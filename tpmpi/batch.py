@@ -170,16 +170,16 @@ def load(s: session.Session, options: argparse.Namespace):
 
 def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, group) -> int:
     """Blocks of the cache, equal on all ranks of a replica: what the memory given holds, and no more than can be used."""
-    from tpmpi.kv_cache import block_bytes, ring_blocks
+    from tpmpi.kv_cache import block_bytes, rings_blocks
     from tpmpi.memory import free_bytes, kv_bytes_per_rank, resident_bytes
     engine, config = llm.engine, llm.config
     run, model = engine.run, engine.model
     s.comm.exchange(None)  # all have loaded: what is free now is free
     resident = sum(s.comm.exchange_on_node(resident_bytes())[1])
     given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, s.local_size, free_bytes(resident=resident)))
-    each = block_bytes(config, model.shard, run.block, engine.ops, run.kv_dtype)
+    each = block_bytes(config, model.shard, model.groups, run.block, engine.ops, run.kv_dtype)
     longest = max(config.max_positions, options.context or 0) + run.sinks + run.chunk
-    most = options.max_sequences * ring_blocks(longest, model.window, run.chunk, run.block, run.sinks)[0]
+    most = options.max_sequences * rings_blocks(model.groups, longest, run.chunk, run.block)
     blocks = min(group.exchange(min(most, given // each if each else most)))
 
     def check():

@@ -84,9 +84,14 @@ class Batch:
         model, run = engine.model, engine.run
         self.prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (size, prompt_tokens))
         self.new_tokens = new_tokens
-        each, _ = ring_blocks(prompt_tokens + new_tokens, model.window, run.chunk, run.block)
-        self.cache = KVCache(model.config, model.shard, size * each, run.block, engine.ops, run.kv_dtype, engine.device.xp)
-        self.rings = [Ring(np.arange(i * each, (i + 1) * each), run.block) for i in range(size)]
+        total, free, self.rings = prompt_tokens + new_tokens, 0, []  # for each prompt, one for each group of layers
+        needed = [ring_blocks(total, group.window, run.chunk, run.block)[0] for group in model.groups]
+        for _ in range(size):
+            ends = free + np.cumsum(needed)
+            self.rings.append([Ring(np.arange(end - each, end), run.block) for each, end in zip(needed, ends, strict=True)])
+            free = int(ends[-1])
+        self.cache = KVCache(model.config, model.shard, model.groups, free, run.block, engine.ops, run.kv_dtype,
+                             engine.device.xp)
 
 
 def run_round(engine, batch: Batch) -> Round:
@@ -99,10 +104,11 @@ def run_round(engine, batch: Batch) -> Round:
     engine.on_phase('prefill')
     start = perf_counter()
     firsts = []
-    for prompt, ring in zip(batch.prompts, batch.rings, strict=True):
+    for prompt, rings in zip(batch.prompts, batch.rings, strict=True):
         for at in range(0, depth, chunk):
             part = prompt[at:at + chunk]
-            hidden = forward(Step.of(part, (ring.segment(0, at, len(part), depth),)), model, batch.cache, ops, comm)
+            step = Step.of(part, *((ring.segment(0, at, len(part), depth),) for ring in rings))
+            hidden = forward(step, model, batch.cache, ops, comm)
         firsts.append(best_tokens(hidden[-1:], engine))
     tokens = [np.concatenate(firsts)]  # each [batch]
     prefill_seconds = perf_counter() - start
@@ -111,8 +117,9 @@ def run_round(engine, batch: Batch) -> Round:
     traffic = comm.traffic['all_reduce']
     seconds, nbytes, start = traffic.seconds, traffic.bytes, perf_counter()
     for position in range(depth, depth + batch.new_tokens):
-        segments = tuple(ring.segment(row, position, 1) for row, ring in enumerate(batch.rings))
-        tokens.append(best_tokens(forward(Step.of(tokens[-1], segments), model, batch.cache, ops, comm), engine))
+        segments = [[ring.segment(row, position, 1) for ring in rings] for row, rings in enumerate(batch.rings)]
+        step = Step.of(tokens[-1], *zip(*segments, strict=True))
+        tokens.append(best_tokens(forward(step, model, batch.cache, ops, comm), engine))
     decode_seconds = perf_counter() - start
     return Round(np.stack(tokens, axis=1).tolist(), prefill_seconds, decode_seconds,
                  traffic.seconds - seconds, traffic.bytes - nbytes)

@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 
 from tpmpi.config import ConfigError, RunConfig
-from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks
+from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks, rings_blocks
 from tpmpi.model import ModelShard, Step, forward, logits
 from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
@@ -109,7 +109,7 @@ class Running:
     tokens: list[int]  # prompt, and what was generated
     prompt_tokens: int
     computed: int  # of them are in the cache
-    ring: Ring
+    rings: tuple[Ring, ...]  # for each group of layers
     length: int  # of the text, as RoPE takes it until more tokens are computed
 
 
@@ -134,11 +134,12 @@ class Engine:
         assert not self.running
         model, run = self.model, self.run
         self.cache = None
-        self.cache = KVCache(model.config, model.shard, num_blocks, run.block, self.ops, run.kv_dtype, self.device.xp)
+        self.cache = KVCache(model.config, model.shard, model.groups, num_blocks, run.block, self.ops, run.kv_dtype,
+                             self.device.xp)
         if self.leads:
             copying = run.block % getattr(self.ops, 'SLOTS_TOGETHER', 1) == 0
-            self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.window,
-                                       copying, run.sinks, self._stretched)
+            self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.groups,
+                                       copying, self._stretched)
 
     # ---- requests, on rank 0
 
@@ -215,15 +216,16 @@ class Engine:
         for work in plan.work:
             sequence = self.running[work.number]
             sequence.tokens.extend(work.new_tokens)
-            if work.blocks:
-                sequence.ring = Ring(np.append(sequence.ring.blocks, work.blocks), self.run.block, sequence.ring.pinned)
+            for ring, blocks in zip(sequence.rings, work.blocks, strict=False):  # none, most of the time
+                ring.extend(blocks)
 
     def _running(self, a: Admission) -> Running:
         """A request that begins.  Its prompt is as long as it is from the first token on, and a long text stays one."""
-        rope = self._stretched
+        rope, run, total = self._stretched, self.run, a.prompt_tokens + a.params.max_new_tokens
         long = rope is not None and rope.long_divisors and len(a.tokens) > rope.original_positions
-        ring = Ring(np.empty(0, np.int64), self.run.block, pinned_blocks(self.run.sinks, self.run.block))
-        return Running(a.params, a.noise, list(a.tokens), a.prompt_tokens, a.computed, ring,
+        rings = [Ring.empty(ring_blocks(total, group.window, run.chunk, run.block, group.sinks)[0], run.block,
+                            pinned_blocks(group.sinks, run.block)) for group in self.model.groups]
+        return Running(a.params, a.noise, list(a.tokens), a.prompt_tokens, a.computed, tuple(rings),
                        len(a.tokens) if long else a.prompt_tokens)
 
     @property
@@ -237,7 +239,7 @@ class Engine:
         for work in plan.work:
             sequence = self.running[work.number]
             tokens += sequence.tokens[sequence.computed:sequence.computed + work.count]
-            segments.append(sequence.ring.segment(at, sequence.computed, work.count, sequence.length))
+            segments.append([ring.segment(at, sequence.computed, work.count, sequence.length) for ring in sequence.rings])
             at += work.count
             if sequence.computed + work.count == len(sequence.tokens):
                 last_rows.append((at - 1, work.number))
@@ -246,7 +248,7 @@ class Engine:
         of_prompts = sum(w.count for w in plan.work if w.count > 1 or self.running[w.number].computed == 0)
         phase = 'prefill' if 2 * of_prompts > at else 'decode'
         self.on_phase(phase)
-        step = Step.of(np.array(tokens, np.int64), tuple(segments))
+        step = Step.of(np.array(tokens, np.int64), *zip(*segments, strict=True))
         hidden = forward(step, self.model, self.cache, self.ops, self.comm)
         for row, work in scored:
             self._score(hidden, row, work)
@@ -360,7 +362,7 @@ class Engine:
             self.rolling_noted = True
             log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d%s', total,
                         run.context, run.context, f' and the first {run.sinks}' if run.sinks else '')
-        blocks, _ = ring_blocks(total, self.model.window, run.chunk, run.block, run.sinks)
+        blocks = rings_blocks(self.model.groups, total, run.chunk, run.block)
         if self.cache is None or self.cache.num_blocks < blocks:
             self.allocate(blocks, 1)
 

@@ -23,19 +23,19 @@ class Step:
 
     tokens: Any  # [tokens] ids
     positions: Any  # [tokens] each one's place in its request
-    segments: tuple[Segment, ...]  # which rows belong together
-    slots: Any  # [tokens] where K and V go
+    segments: tuple[tuple[Segment, ...], ...]  # which rows belong together, for each group of layers
+    slots: tuple[Any, ...]  # [tokens] where K and V go, for each group of layers
 
     @staticmethod
-    def of(tokens: np.ndarray, segments: tuple[Segment, ...]) -> Step:
-        """A step from token ids and their segments, in the order of the rows."""
-        positions = np.concatenate([np.arange(s.start, s.start + len(s.slots)) for s in segments])
-        return Step(tokens, positions, segments, np.concatenate([s.slots for s in segments]))
+    def of(tokens: np.ndarray, *segments: tuple[Segment, ...]) -> Step:
+        """A step from token ids and, for each group of layers, their segments, in the order of the rows."""
+        positions = np.concatenate([np.arange(s.start, s.start + len(s.slots)) for s in segments[0]])
+        return Step(tokens, positions, segments, tuple(np.concatenate([s.slots for s in group]) for group in segments))
 
     @property
     def lengths(self) -> np.ndarray:
         """[tokens] of the text that each one stands in, as far as it goes or is known to go."""
-        known = np.repeat([s.length for s in self.segments], [len(s.slots) for s in self.segments])
+        known = np.repeat([s.length for s in self.segments[0]], [len(s.slots) for s in self.segments[0]])
         return np.maximum(known, self.positions + 1)
 
 
@@ -90,11 +90,11 @@ def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: 
     qkv = biased(ops.linear(a, layer.qkv.weight), layer.qkv.bias)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
     if config.qk_norm != 'none':
         qk_norm(qkv, layer, model, ops, comm)
-    q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots)  # Q turned; K, V into the ring
+    q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots[layer.group])  # Q turned; K, V into the ring
     if config.query_growth:
         q *= grown(step.positions, config, ops)[:, None, None]
-    b = ops.attend(q, cache, model.query_groups, step.segments, layer.window, config.scores_scale, config.attention_softcap,
-                   layer.sinks)  # B  [tokens, heads/n * head_dim]
+    b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], layer.window, config.scores_scale,
+                   config.attention_softcap, layer.sinks)  # B  [tokens, heads/n * head_dim]
     return ops.linear(b, layer.attn_out.weight)  # C, partial
 
 

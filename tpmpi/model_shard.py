@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tpmpi.config import ModelConfig, Rope
+from tpmpi.kv_cache import LayerGroup, layer_groups
 from tpmpi.sharding import Shard, TensorSpec, rank_rows, target_kind, tensor_specs
 from tpmpi.weights import Weight, decode, recode
 
@@ -71,6 +72,7 @@ class LayerShard:
     rope: int | None  # which of the model's
     window: int | None  # positions that attention sees, at most: the model's window, or a shorter one that the run chose
     sinks: int  # first tokens that it sees besides
+    group: int  # which of the model's, for the cache
 
     @property
     def matrices(self) -> list[Weight]:
@@ -96,7 +98,7 @@ class ModelShard:
     head: Dense  # the embedding itself where they are tied
     ropes: tuple[Rope, ...]
     query_groups: tuple[range, ...]  # for each KV head held here, the query heads of this rank that read it
-    window: int | None  # what a request's ring must hold: the longest window of a layer; None: everything
+    groups: tuple[LayerGroup, ...]  # of layers that look back equally far
 
     @property
     def bytes_per_token(self) -> int:
@@ -118,6 +120,11 @@ def matrix_kinds(reader, weights: str | None = None) -> set[str]:
     """The kinds that a model's matrices have in memory; the arguments are load_model's."""
     specs = tensor_specs(reader.config).values()
     return {target_kind(spec, reader.kind(spec.name), weights) for spec in specs if spec.is_matrix}
+
+
+def view(window: int | None, context: int | None, sinks: int) -> tuple[int | None, int]:
+    """How far a layer looks back in this run, and how many first tokens it sees besides: where the context limits it."""
+    return (window, 0) if context is None or window is not None and window <= context else (context, sinks)
 
 
 def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bool = False, xp=np,
@@ -194,19 +201,19 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
 
     embedding = matrix('embedding')
     ropes = tuple(dict.fromkeys(rope for rope in map(config.layer_rope, range(config.num_layers)) if rope is not None))
+    views = [view(config.layer_window(i), context, sinks) for i in range(config.num_layers)]
+    groups = layer_groups(views)
+    group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
     layers = []
     for i in range(config.num_layers):
-        at, window = f'layers/{i}/', config.layer_window(i)
-        rolls = context is not None and (window is None or context < window)
+        at = f'layers/{i}/'
         layers.append(LayerShard(
             norm_of(at + 'attn_norm'), dense(at + 'q', at + 'k', at + 'v'), norm_of(at + 'q_norm'), norm_of(at + 'k_norm'),
             dense(at + 'attn_out'), norm_of(at + 'attn_post_norm'), norm_of(at + 'mlp_norm'),
             experts_of(at) if config.has_experts(i) else mlp_of(at), norm_of(at + 'mlp_post_norm'),
-            None if config.layer_rope(i) is None else ropes.index(config.layer_rope(i)), context if rolls else window,
-            sinks if rolls else 0))
+            None if config.layer_rope(i) is None else ropes.index(config.layer_rope(i)), *views[i], group_of[i]))
     positions = rank_rows(specs['position_embedding'], shard) if config.learned_positions else range(0)
-    windows = [layer.window for layer in layers]
     return ModelShard(config, shard, embedding, matrix('position_embedding') if config.learned_positions else None, positions,
                       tuple(layers), norm_of('final_norm'),
                       Dense(embedding if config.tie_embeddings else matrix('head'), vector('head_bias')), ropes,
-                      shard.query_groups(config), None if None in windows else max(windows))
+                      shard.query_groups(config), groups)

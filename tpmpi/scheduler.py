@@ -1,8 +1,9 @@
 """Which requests run in a step, and in which blocks of the KV cache: decided on rank 0, without arrays and without MPI.
 
-A request gets blocks as it grows.  Where none is left the request that came last gives its own back and waits, with its
-tokens, to be computed again; so a full cache means waiting, never failing.  Full blocks of tokens are kept in a tree by
-what they hold, as long as nobody needs the room: a prompt that begins like an earlier one starts where they differ.
+A request gets blocks as it grows, in each group of layers (see kv_cache.py), and gives back those that its window has left
+behind.  Where none is left the request that came last gives its own back and waits, with its tokens, to be computed again;
+so a full cache means waiting, never failing.  Full blocks of tokens are kept in a tree by what they hold, as long as nobody
+needs the room: a prompt that begins like an earlier one starts where they differ.
 """
 
 from __future__ import annotations
@@ -11,106 +12,158 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from tpmpi.config import ConfigError, Rope
-from tpmpi.kv_cache import ring_blocks
+from tpmpi.kv_cache import LayerGroup, pinned_blocks, ring_blocks, rings_blocks
 from tpmpi.sampling import SamplingParams
 
 PARTIAL_CHOICES = 8  # blocks that are looked at for a beginning in common, where no whole block fits
+NOBODY = -1  # the number of a block that no query will read: a window has left it behind
 
 
-class Block:
-    """A block of the pool whose tokens are known, in the tree of all such blocks."""
+class Node:
+    """As many tokens as a block holds, after those of the node above, and the blocks that keep their keys and values."""
 
-    __slots__ = ('number', 'tokens', 'parent', 'children', 'users', 'filled')
+    __slots__ = ('tokens', 'parent', 'children', 'users', 'computed', 'blocks', 'readers')
 
-    def __init__(self, number: int, tokens: tuple[int, ...], parent: Block | None):
-        self.number, self.tokens, self.parent = number, tokens, parent
-        self.children: dict[tuple[int, ...], Block] = {}
-        self.users = 0  # running requests that hold it; a block's users hold all blocks above it, too
-        self.filled = False  # its keys and values are computed
+    def __init__(self, tokens: tuple[int, ...], parent: Node | None, groups: int):
+        self.tokens, self.parent = tokens, parent
+        self.children: dict[tuple[int, ...], Node] = {}
+        self.users = 0  # running requests that begin like this
+        self.computed = False  # a request has computed it: others need not wait for it
+        self.blocks: list[int | None] = [None] * groups  # in each group of layers; None: not kept
+        self.readers = [0] * groups  # running requests that read that block
 
 
 class BlockPool:
     """The numbers of the cache's blocks: free, held by requests, or kept for those that begin alike."""
 
-    def __init__(self, num_blocks: int, block: int):
-        self.num_blocks, self.block = num_blocks, block
+    def __init__(self, num_blocks: int, block: int, groups: tuple[LayerGroup, ...]):
+        self.num_blocks, self.block, self.groups = num_blocks, block, groups
         self.free = list(range(num_blocks - 1, -1, -1))
-        self.root = Block(-1, (), None)
-        self.long_root = Block(-1, (), None)  # of keys that were turned as those of long texts are
-        self.idle: OrderedDict[Block, None] = OrderedDict()  # leaves without users, the one longest unused first
-        self.unused = 0  # blocks of the tree without users
+        self.root = Node((), None, len(groups))
+        self.long_root = Node((), None, len(groups))  # of keys that were turned as those of long texts are
+        self.idle: OrderedDict[tuple[Node, int], None] = OrderedDict()  # blocks without readers, the longest unused first
 
     @property
     def available(self) -> int:
         """Blocks that can be taken now."""
-        return len(self.free) + self.unused
+        return len(self.free) + len(self.idle)
 
     def take(self) -> int:
         """A block's number; the longest unused block of the tree goes where none is free."""
         if not self.free:
-            self._forget(next(iter(self.idle)))
+            (node, group), _ = self.idle.popitem(last=False)
+            self.free.append(node.blocks[group])
+            node.blocks[group] = None
+            self._prune(node)
         return self.free.pop()
 
-    def hold(self, block: Block) -> None:
-        """One user more."""
-        block.users += 1
-        if block.users == 1:
-            self.unused -= 1
-            self.idle.pop(block, None)
+    def add(self, parent: Node, tokens: tuple[int, ...]) -> Node:
+        """A node that has neither users nor blocks yet."""
+        node = parent.children[tokens] = Node(tokens, parent, len(self.groups))
+        return node
 
-    def let_go(self, block: Block) -> None:
-        """One user less.  To be called for a request's last block first."""
-        block.users -= 1
-        if block.users == 0:
-            self.unused += 1
-            if not block.filled:
-                self._forget(block)  # its user leaves before it was computed
-            elif not block.children:
-                self.idle[block] = None
+    def enter(self, node: Node) -> None:
+        """A request begins like this.  To be called from the tree's root on, and `leave` towards it."""
+        node.users += 1
 
-    def add(self, parent: Block, tokens: tuple[int, ...], number: int, filled: bool) -> Block:
-        """A request's own block goes into the tree, below its block before; the request is its user."""
-        block = parent.children[tokens] = Block(number, tokens, parent)
-        block.filled, block.users = filled, 1
-        return block
+    def leave(self, node: Node) -> None:
+        """A request that began like this is over, or sent back."""
+        node.users -= 1
+        self._prune(node)
 
-    def _forget(self, block: Block) -> None:
-        assert not block.children and not block.users
-        self.idle.pop(block, None)
-        del block.parent.children[block.tokens]
-        self.unused -= 1
-        self.free.append(block.number)
-        parent = block.parent
-        if parent.parent is not None and not parent.users and not parent.children:
-            self.idle[parent] = None
-            self.idle.move_to_end(parent, last=False)  # unused at least as long
+    def give(self, node: Node, group: int, number: int) -> None:
+        """A request's own block becomes the node's; the request is its reader."""
+        node.blocks[group], node.readers[group] = number, 1
 
-    def match(self, tokens: list[int], most: int, root: Block | None = None) -> tuple[list[Block], Block | None, int, bool]:
+    def hold(self, node: Node, group: int) -> None:
+        """One reader more of the node's block."""
+        node.readers[group] += 1
+        if node.readers[group] == 1:
+            del self.idle[node, group]
+
+    def let_go(self, node: Node, group: int) -> None:
+        """One reader less.  To be called for a request's last block first, so that the last go first, too."""
+        node.readers[group] -= 1
+        if node.readers[group] == 0:
+            self.idle[node, group] = None
+
+    def _prune(self, node: Node) -> None:
+        """What holds nothing, leads to nothing and is nobody's leaves the tree."""
+        while node.parent is not None and not (node.users or node.children or any(b is not None for b in node.blocks)):
+            del node.parent.children[node.tokens]
+            node = node.parent
+
+    def first_seen(self, group: int, position: int) -> int:
+        """The first block that a query there reads, of those that are not pinned."""
+        window = self.groups[group].window
+        return 0 if window is None else max(0, position - window + 1) // self.block
+
+    def pinned(self, group: int) -> int:
+        """The first blocks, which every query reads."""
+        return pinned_blocks(self.groups[group].sinks, self.block)
+
+    def match(self, tokens: list[int], most: int, root: Node | None = None, copying: bool = True
+              ) -> tuple[list[Node], Node | None, int, bool]:
         """What the tree holds of a beginning of at most `most` tokens.
 
-        Returns the whole blocks; the computed block that agrees for some tokens more, and how many these are; and
-        whether there would be clearly more if another request had been computed.
+        Returns nodes such that a request can go on behind them: of each group all blocks that it would read are kept; if
+        `copying`, a node that agrees for some tokens more, and how many these are; and whether there would be clearly more
+        if another request had been computed.
         """
-        found, node, at = [], root or self.root, 0
+        path, node, at = [], root or self.root, 0
+        whole = [[0] for _ in self.groups]  # for each group and length of the path: kept blocks at its end, without a gap
+        best = 0
         while at + self.block <= most:
             child = node.children.get(tuple(tokens[at:at + self.block]))
             if child is None:
                 break
-            if not child.filled:
-                return found, None, 0, True
-            found.append(child)
+            if not child.computed:
+                return path[:best], None, 0, True
+            path.append(child)
             node, at = child, at + self.block
-        rest, best, common, coming, looked = tuple(tokens[at:min(most, at + self.block)]), None, 0, 0, 0
+            for group, runs in enumerate(whole):
+                runs.append(runs[-1] + 1 if child.blocks[group] is not None else 0)
+            if self._can_go_on(whole, path, at):
+                best = len(path)
+        rest, choice, common, coming, looked = tuple(tokens[at:min(most, at + self.block)]), None, 0, 0, 0
         for child in reversed(node.children.values()):
             same = next((i for i, (a, b) in enumerate(zip(child.tokens, rest, strict=False)) if a != b), len(rest))
-            if not child.filled:
+            if not child.computed:
                 coming = max(coming, same)
-            elif same > common:
-                best, common = child, same
-            looked += child.filled
+            elif copying and same > common and None not in child.blocks:
+                choice, common = child, same
+            looked += child.computed
             if looked == PARTIAL_CHOICES:
                 break
-        return found, best, common, coming > common + self.block // 4
+        if choice is not None and not self._can_go_on(whole, path, at + common):
+            choice, common = None, 0
+        return path if choice is not None else path[:best], choice, common, coming > common + self.block // 4
+
+    def _can_go_on(self, whole: list[list[int]], path: list[Node], position: int) -> bool:
+        """Whether all blocks of the path that a query at `position`, behind it, reads are kept."""
+        count = len(path)
+        return all(runs[-1] >= count - self.first_seen(group, position)
+                   and all(node.blocks[group] is not None for node in path[:self.pinned(group)])
+                   for group, runs in enumerate(whole))
+
+
+class Table:
+    """The blocks that one request holds in one group of layers, by their place in its text."""
+
+    def __init__(self, ring: int, rolls: bool, pinned: int):
+        self.ring, self.rolls, self.pinned = ring, rolls, pinned  # the blocks that its ring has room for, see kv_cache.Ring
+        self.clear()
+
+    def clear(self) -> None:
+        """No blocks."""
+        self.own: dict[int, int] = {}  # place: number
+        self.shared: dict[int, Node] = {}  # place: whose block it is
+        self.reached = 0  # the place behind the last block
+
+    def oldest_after(self, place: int) -> int | None:
+        """The place whose block gives way to a block at `place`."""
+        turned = place - (self.ring - self.pinned)
+        return turned if self.rolls and turned >= self.pinned else None
 
 
 @dataclass(eq=False)
@@ -122,12 +175,12 @@ class Sequence:
     params: SamplingParams
     noise: int  # keys the random choices, together with the seed
     prompt_tokens: int
-    ring_blocks: int | None  # blocks of its ring, where old positions will be overwritten; None: it keeps all
+    tables: list[Table]  # for each group of layers
     computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list)
-    shared: list[Block] = field(default_factory=list)  # the first of them, as far as they are in the tree
+    path: list[Node] = field(default_factory=list)  # its beginning in the tree
+    known: int = 0  # of these, the nodes that it has seen computed
     sent: int = 0  # tokens that all ranks know
-    root: Block | None = None  # of the tree that its blocks belong to; None: nobody can share them
+    root: Node | None = None  # of the tree that its blocks belong to; None: nobody can share them
 
 
 @dataclass(frozen=True)
@@ -148,7 +201,7 @@ class Work:
 
     number: int
     new_tokens: tuple[int, ...]  # chosen since the plan before
-    blocks: tuple[int, ...]  # that its ring grows by
+    blocks: tuple[tuple[int, ...], ...]  # for each group of layers, those that its ring goes on with; (): nothing new
     count: int  # tokens to compute
 
 
@@ -169,9 +222,10 @@ class Scheduler:
     """The queue and the running requests of one replica."""
 
     def __init__(self, num_blocks: int, block: int, chunk: int, max_sequences: int, sharing: bool = True,
-                 window: int | None = None, copying: bool = True, sinks: int = 0, rope: Rope | None = None):
-        self.pool, self.block, self.chunk, self.max_sequences = BlockPool(num_blocks, block), block, chunk, max_sequences
-        self.sharing, self.window, self.copying, self.sinks = sharing, window, copying, sinks
+                 groups: tuple[LayerGroup, ...] = (LayerGroup((0,), None),), copying: bool = True, rope: Rope | None = None):
+        self.pool = BlockPool(num_blocks, block, groups)
+        self.block, self.chunk, self.max_sequences, self.groups = block, chunk, max_sequences, groups
+        self.sharing, self.copying = sharing, copying
         self.rope = rope if rope is not None and rope.by_length else None  # what turns keys in other ways in longer texts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by age
@@ -186,12 +240,13 @@ class Scheduler:
         tokens: of the prompt, and what an earlier run has generated; prompt_tokens: how many are the prompt's, 0 for all.
         """
         total = (prompt_tokens or len(tokens)) + params.max_new_tokens
-        needed, rolls = ring_blocks(total, self.window, self.chunk, self.block, self.sinks)
+        needed = rings_blocks(self.groups, total, self.chunk, self.block)
         if needed > self.pool.num_blocks:
             raise ConfigError(f'{total} tokens need {needed} blocks of {self.block} positions in the KV cache, which has '
                               f'{self.pool.num_blocks}: give it more memory (--kv-memory), or ask for fewer tokens')
-        sequence = Sequence(self.numbers, tokens, params, noise, prompt_tokens or len(tokens),
-                            needed if rolls else None)
+        tables = [Table(*ring_blocks(total, group.window, self.chunk, self.block, group.sinks), self.pool.pinned(number))
+                  for number, group in enumerate(self.groups)]
+        sequence = Sequence(self.numbers, tokens, params, noise, prompt_tokens or len(tokens), tables)
         self.numbers += 1
         self.waiting.append(sequence)
         return sequence
@@ -207,7 +262,7 @@ class Scheduler:
             self._send_back(sequence, restarted)  # all its keys are turned in another way from now on
         for sequence in sorted(self.running, key=lambda s: len(s.tokens) - s.computed > 1):  # those that decode come first
             if budget and sequence in self.running:
-                count = min(len(sequence.tokens) - sequence.computed, budget)
+                count = self._count(sequence, budget)
                 blocks = self._grow(sequence, sequence.computed + count, dropped)
                 if sequence in self.running:
                     work.append(self._work(sequence, blocks, count))
@@ -216,39 +271,50 @@ class Scheduler:
         admitted, copies = [], []
         while self.waiting and budget and len(self.running) < self.max_sequences and not dropped:
             sequence = self.waiting[0]
-            copy = self._place(sequence)
-            if copy is None:
+            placed = self._place(sequence)
+            if placed is None:
                 break
+            blocks, copy = placed
             self.waiting.popleft()
             self.running.append(sequence)
             copies += copy
             admitted.append(Admission(sequence.number, tuple(sequence.tokens), sequence.params, sequence.noise,
                                       sequence.prompt_tokens, sequence.computed))
             sequence.sent = len(sequence.tokens)
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            work.append(self._work(sequence, tuple(sequence.blocks), count))
+            count = self._count(sequence, budget)
+            work.append(self._work(sequence, blocks, count))
             budget -= count
         return Plan(ended, tuple(restarted + dropped), tuple(admitted), tuple(copies), tuple(work), rest=not work)
 
-    def _work(self, sequence: Sequence, blocks: tuple[int, ...], count: int) -> Work:
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """Tokens that a request computes in a step; a ring has room for a chunk at once and no more."""
+        return min(len(sequence.tokens) - sequence.computed, budget, self.chunk)
+
+    def _work(self, sequence: Sequence, blocks: tuple[tuple[int, ...], ...], count: int) -> Work:
         new, sequence.sent = tuple(sequence.tokens[sequence.sent:]), len(sequence.tokens)
         return Work(sequence.number, new, blocks, count)
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """So many tokens more are in the cache: blocks that they fill can be shared from now on."""
         sequence.computed += count
-        if not self.sharing or sequence.ring_blocks is not None or sequence.root is None:
+        if not self.sharing or sequence.root is None:
             return
-        for i in range(len(sequence.shared)):
-            if not sequence.shared[i].filled and (i + 1) * self.block <= sequence.computed:
-                sequence.shared[i].filled = True
-        while (len(sequence.shared) + 1) * self.block <= sequence.computed:
-            at = len(sequence.shared)
-            tokens = tuple(sequence.tokens[at * self.block:(at + 1) * self.block])
-            parent = sequence.shared[-1] if at else self.pool.root
-            if tokens in parent.children:  # another request has computed the same at the same time
-                break
-            sequence.shared.append(self.pool.add(parent, tokens, sequence.blocks[at], filled=True))
+        while (sequence.known + 1) * self.block <= sequence.computed:
+            at, sequence.known = sequence.known, sequence.known + 1
+            if at == len(sequence.path):
+                self._enter(sequence, at)
+            node = sequence.path[at]
+            node.computed = True
+            for group, table in enumerate(sequence.tables):
+                if node.blocks[group] is None and at in table.own:
+                    self.pool.give(node, group, table.own.pop(at))
+                    table.shared[at] = node
+
+    def _enter(self, sequence: Sequence, at: int) -> None:
+        """A request's path goes on by one block of its tokens."""
+        parent, tokens = sequence.path[-1] if at else sequence.root, tuple(sequence.tokens[at * self.block:(at + 1) * self.block])
+        sequence.path.append(parent.children.get(tokens) or self.pool.add(parent, tokens))
+        self.pool.enter(sequence.path[-1])
 
     def end(self, sequence: Sequence, reason: str) -> None:
         """A request is over, wherever it was: its blocks are free, or kept for others that begin like it."""
@@ -262,54 +328,61 @@ class Scheduler:
 
     # ---- blocks
 
-    def _place(self, sequence: Sequence, copying: bool | None = None) -> list[tuple[int, int]] | None:
-        """Give a waiting request its first blocks.  Returns the blocks to copy; None: not now.
+    def _place(self, sequence: Sequence, copying: bool | None = None
+               ) -> tuple[tuple[tuple[int, ...], ...], list[tuple[int, int]]] | None:
+        """Give a waiting request its first blocks.  Returns them for each group, and the blocks to copy; None: not now.
 
         It waits as well while another request computes a beginning that both have.
         """
-        copying, most = self.copying if copying is None else copying, 0
+        pool, copying, most = self.pool, self.copying if copying is None else copying, 0
         sequence.root = self._root_of(sequence)
         if self.sharing and sequence.root is not None and not sequence.params.prompt_logprobs:
             most = len(sequence.tokens) - 1  # one token at least is computed, for its logits
-        if sequence.ring_blocks is not None:
-            most = min(most, self.chunk, (sequence.ring_blocks - 1) * self.block)
-        found, partial, common, wait = self.pool.match(sequence.tokens, most, sequence.root)
+        path, partial, common, wait = pool.match(sequence.tokens, most, sequence.root, copying)
         if wait:
             return None
-        if not copying:
-            partial, common = None, 0
-        if sequence.ring_blocks is None:
-            kept, sources = found, []
-        else:  # a ring overwrites its blocks some day, so they must be its own
-            kept, sources = [], found if copying else []
-        sources = sources + ([partial] if partial is not None else [])
-        own = (sequence.ring_blocks or -(-len(sequence.tokens) // self.block)) - len(kept)
-        for block in kept + sources:
-            self.pool.hold(block)
-        spare = len(self.running)  # each request that runs can grow by a block
-        fits = own + spare <= self.pool.available
-        numbers = [self.pool.take() for _ in range(own)] if fits else []
-        for block in reversed(sources if fits else kept + sources):
-            self.pool.let_go(block)
-        if not fits:  # a cache that the request needs whole has no room for what it would copy from
+        computed, everything = len(path) * self.block + common, len(sequence.tokens)
+        upto = [-(-(min(everything, computed + self.chunk) if table.rolls else everything) // self.block)
+                for table in sequence.tables]  # the whole prompt has room from the beginning, as far as it is kept at all
+        read = [[at for at in range(len(path)) if at < table.pinned or at >= pool.first_seen(group, computed)]
+                for group, table in enumerate(sequence.tables)]
+        held = [(path[at], group) for group, places in enumerate(read) for at in places]
+        sources = [] if partial is None else [(partial, group) for group in range(len(self.groups))]
+        for node, group in held + sources:
+            pool.hold(node, group)
+        own = sum(upto) - len(path) * len(self.groups)
+        spare = len(self.running) * len(self.groups)  # each request that runs can grow by a block
+        if own + spare > pool.available:
+            for node, group in reversed(held + sources):
+                pool.let_go(node, group)  # a cache that the request needs whole has no room for what it would copy from
             return self._place(sequence, copying=False) if sources and not self.running else None
-        sequence.blocks, sequence.shared = [block.number for block in kept] + numbers, list(kept)
-        sequence.computed = (len(kept) + len(sources) - (partial is not None)) * self.block + common
-        self.shared_tokens += sequence.computed
-        if self.sharing and sequence.ring_blocks is None and sequence.root is not None:
-            for at in range(len(kept), len(sequence.tokens) // self.block):
-                parent = sequence.shared[-1] if at else sequence.root
-                tokens = tuple(sequence.tokens[at * self.block:(at + 1) * self.block])
-                if tokens in parent.children:  # all of the prompt is there, but its last token is to be computed
-                    break
-                sequence.shared.append(self.pool.add(parent, tokens, numbers[at - len(kept)], filled=False))
-        return list(zip([block.number for block in sources], numbers, strict=False))
+        for node in path:
+            pool.enter(node)
+        sequence.path, sequence.known, sequence.computed = list(path), len(path), computed
+        self.shared_tokens += computed
+        blocks, copies = [], []
+        for group, (table, places) in enumerate(zip(sequence.tables, read, strict=True)):
+            table.shared = {at: path[at] for at in places}
+            table.own = {at: pool.take() for at in range(len(path), upto[group])}
+            table.reached = upto[group]
+            numbers = [NOBODY] * len(path) + list(table.own.values())
+            for at in places:
+                numbers[at] = path[at].blocks[group]
+            blocks.append(tuple(numbers))
+            if partial is not None:
+                copies.append((partial.blocks[group], table.own[len(path)]))
+        for node, group in sources:
+            pool.let_go(node, group)
+        if self.sharing and sequence.root is not None:
+            for at in range(len(path), everything // self.block):  # others that begin like this wait for it
+                self._enter(sequence, at)
+        return tuple(blocks), copies
 
     def _is_long(self, sequence: Sequence) -> bool:
         """Whether a text is beyond the length where LongRoPE's other divisors begin."""
         return self.rope is not None and bool(self.rope.long_divisors) and len(sequence.tokens) > self.rope.original_positions
 
-    def _root_of(self, sequence: Sequence) -> Block | None:
+    def _root_of(self, sequence: Sequence) -> Node | None:
         """The tree of those whose keys are turned alike; where theta grows with the text nobody's are."""
         if self.rope is not None and self.rope.dynamic_factor > 1:
             total = sequence.prompt_tokens + sequence.params.max_new_tokens
@@ -323,23 +396,41 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         dropped.append(sequence.number)
 
-    def _grow(self, sequence: Sequence, length: int, dropped: list[int]) -> tuple[int, ...]:
+    def _grow(self, sequence: Sequence, length: int, dropped: list[int]) -> tuple[tuple[int, ...], ...]:
         """Blocks more for so many tokens; whoever came last goes back to the queue where there are none."""
-        before = len(sequence.blocks)
-        needed = sequence.ring_blocks or -(-length // self.block)
-        while len(sequence.blocks) < needed:
-            if self.pool.available:
-                sequence.blocks.append(self.pool.take())
-                continue
-            last = self.running[-1]
-            self._send_back(last, dropped)
-            self.preemptions += 1
-            if last is sequence:
-                break
-        return tuple(sequence.blocks[before:])
+        needed = -(-length // self.block)
+        if all(table.reached >= needed for table in sequence.tables):
+            return ()
+        blocks = []
+        for group, table in enumerate(sequence.tables):
+            before = table.reached
+            while table.reached < needed:
+                self._roll(table, group)
+                while not self.pool.available:
+                    last = self.running[-1]
+                    self._send_back(last, dropped)
+                    self.preemptions += 1
+                    if last is sequence:
+                        return ()
+                table.own[table.reached] = self.pool.take()
+                table.reached += 1
+            blocks.append(tuple(table.own[at] for at in range(before, table.reached)))
+        return tuple(blocks)
+
+    def _roll(self, table: Table, group: int) -> None:
+        """Give back the block that the next one leaves behind."""
+        oldest = table.oldest_after(table.reached)
+        if oldest in table.own:
+            self.pool.free.append(table.own.pop(oldest))
+        elif oldest in table.shared:
+            self.pool.let_go(table.shared.pop(oldest), group)
 
     def _give_back(self, sequence: Sequence) -> None:
-        for block in reversed(sequence.shared):
-            self.pool.let_go(block)
-        self.pool.free += reversed(sequence.blocks[len(sequence.shared):])
-        sequence.blocks, sequence.shared, sequence.computed = [], [], 0
+        for group, table in enumerate(sequence.tables):
+            for at in sorted(table.shared, reverse=True):
+                self.pool.let_go(table.shared[at], group)
+            self.pool.free += reversed(table.own.values())
+            table.clear()
+        for node in reversed(sequence.path):
+            self.pool.leave(node)
+        sequence.path, sequence.known, sequence.computed = [], 0, 0

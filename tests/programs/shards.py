@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
+from rings import cache_and_rings, step_of
 
 from tpmpi.checkpoint import CheckpointReader
 from tpmpi.comm import Communicator
 from tpmpi.kernels import reference as ops
-from tpmpi.kv_cache import KVCache, Ring
-from tpmpi.model import Step, forward, logits
+from tpmpi.model import forward, logits
 from tpmpi.model_shard import load_model
 from tpmpi.sharding import shard
 
@@ -44,12 +44,11 @@ def run(path, counted):
     with CheckpointReader(path) as reader:
         config = reader.config
         model = load_model(reader, shard(config, comm.rank, comm.size), ops, verify=True)
-    cache = KVCache(config, model.shard, 8, 8, ops)
-    ring, parts, calls = Ring(np.arange(8), 8), [], []
+    cache, rings = cache_and_rings(model, [8] * len(model.groups), 8, ops)
+    parts, calls = [], []
     for start, count in CHUNKS:
         counted.calls.clear()
-        step = Step.of(TOKENS[start:start + count], (ring.segment(0, start, count),))
-        hidden = forward(step, model, cache, ops, comm)
+        hidden = forward(step_of(TOKENS[start:start + count], rings, start, count), model, cache, ops, comm)
         if count == 1:
             calls = list(counted.calls)
         parts.append(logits(hidden, model, ops))
