@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpmpi.kernels import reference as ops
-from tpmpi.kv_cache import KVCache, Ring, block_bytes, layer_groups, pinned_blocks, ring_blocks, ring_positions
+from tpmpi.kv_cache import KVCache, Ring, block_bytes, layer_groups, pinned_blocks, ring_blocks, ring_positions, rings_blocks
 from tpmpi.sharding import shard
 
 
@@ -107,6 +107,13 @@ def test_groups_are_as_few_as_they_can_be():
     assert [len(g.layers) for g in layer_groups([(4096, 0), (None, 0)] * 13)] == [13, 13]
     assert [len(g.layers) for g in layer_groups([(None if i % 6 == 5 else 512, 0) for i in range(26)])] == [4, 4, 4, 4, 4, 2, 4]
     assert [len(g.layers) for g in layer_groups([(None if i % 4 == 3 else 4096, 0) for i in range(32)])] == [8, 8, 8, 8]
+
+
+def test_windows_save_most_of_the_cache_of_a_long_text():
+    """Gemma 3 1B at 32,768 tokens, 512 at once: the figure of the README."""
+    groups = layer_groups([(None if i % 6 == 5 else 512, 0) for i in range(26)])
+    arrays = max(len(group.layers) for group in groups)
+    assert arrays * rings_blocks(groups, 32768, 512, 64) == 4 * (512 + 6 * 17) == round(0.1845 * 26 * 512)
 
 
 def test_layers_of_different_groups_live_in_the_same_arrays():
