@@ -232,15 +232,15 @@ def test_a_batch_that_is_done_loads_no_model(nine_heads, tmp_path):
 
 def test_memory_does_not_grow_with_the_input(nine_heads, tmp_path):
     peaks = []
-    for count in (2000, 20_000):
+    for count in (5000, 20_000):
         requests = ({'id': i, 'prompt': f'{i}', 'max_new_tokens': i % 2} for i in range(count))
         lines, output = write_lines(tmp_path / f'{count}.jsonl', requests), tmp_path / f'{count}.out'
-        batch(1, '--model', nine_heads, '--input', lines, '--output', output)
+        batch(1, '--model', nine_heads, '--input', lines, '--output', output, '--kernels', 'reference', '--max-sequences', 4)
         found = records(output)
         assert {record['id'] for record in found} == set(range(count)) and len(found) == count
         assert all(len(record['tokens']) == record['id'] % 2 for record in found)
         peaks.append(report(output)['ranks'][0]['peak_bytes'])
-    assert peaks[1] - peaks[0] < 8 << 20, peaks
+    assert peaks[1] - peaks[0] < 3 << 20, peaks  # compiled kernels and a cache in use would vary by more
 
 
 # ---- cut off, and gone on with

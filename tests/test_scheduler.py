@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpmpi.block_pool import BlockPool
 from tpmpi.config import ConfigError, Rope
 from tpmpi.kv_cache import layer_groups, pinned_blocks, ring_blocks, rings_blocks
 from tpmpi.sampling import SamplingParams
-from tpmpi.scheduler import BlockPool, Scheduler
+from tpmpi.scheduler import Scheduler
 
 
 class Cache:

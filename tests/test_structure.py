@@ -17,14 +17,15 @@ FLOORS = {
     'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1, 'tokenizer': 1,
     'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
     'kv_cache': 2, 'model_shard': 2, 'model': 2,
-    'sampling': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3, 'results': 3,
-    'progress': 3, 'arrays': 3,
+    'sampling': 3, 'block_pool': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3,
+    'results': 3, 'progress': 3, 'arrays': 3,
     'session': 4, 'dispatch': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, 'batch': 6, '__init__': 7,
 }
 # two modules of one floor that may know each other, and why
 NEIGHBOURS = {
     ('sharding', 'config'), ('sharding', 'weights'),  # facts
-    ('model', 'kv_cache'), ('model', 'model_shard'), ('engine', 'sampling'), ('engine', 'scheduler'), ('scheduler', 'sampling'),
+    ('model', 'kv_cache'), ('model', 'model_shard'), ('model_shard', 'kv_cache'),
+    ('engine', 'sampling'), ('engine', 'scheduler'), ('scheduler', 'sampling'), ('scheduler', 'block_pool'),
     ('batch_format', 'sampling'), ('batch_input', 'batch_format'), ('results', 'lease'),
     ('tokenizer', 'chat_template'), ('checkpoint', 'file_layout'), ('checkpoint', 'checkpoint_writer'),
     ('checkpoint_writer', 'file_layout'),  # parts
