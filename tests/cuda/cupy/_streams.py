@@ -1,0 +1,139 @@
+"""Streams: what is queued runs when somebody waits, and not before."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from cupy import fake
+
+_numbers = itertools.count(2)
+
+
+class Stream:
+    """A queue of work, run by synchronize.  All streams are non-blocking: none waits for another."""
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False):
+        self.ptr = 0 if null else next(_numbers)
+        self.pending: list[Callable[[], object]] = []
+        self.sources: dict[object, np.ndarray] = {}  # host memory that queued copies still read
+        self._previous: list[Stream] = []
+        if not null:
+            _local.streams.append(self)
+
+    def push(self, work: Callable[[], object]) -> None:
+        """Queue work."""
+        self.pending.append(work)
+
+    def push_copy_from(self, host: np.ndarray, target: np.ndarray) -> None:
+        """Queue a copy from pinned memory, which is read when the stream runs."""
+        key = object()
+        self.sources[key] = host
+
+        def work():
+            np.copyto(target, self.sources.pop(key))
+
+        self.push(work)
+
+    def run(self, until: Callable[[], object] | None = None) -> None:
+        """Do what is queued, up to and with `until`."""
+        count = self.pending.index(until) + 1 if until is not None else len(self.pending)
+        work, self.pending = self.pending[:count], self.pending[count:]
+        with np.errstate(all='ignore'):  # a GPU warns of nothing
+            for do in work:
+                do()
+
+    @property
+    def done(self) -> bool:
+        """Nothing is queued."""
+        return not self.pending
+
+    def synchronize(self) -> None:
+        """Wait for all that is queued."""
+        fake.count_synchronization()
+        self.run()
+
+    def use(self) -> Stream:
+        """Make it this thread's current stream."""
+        _local.current = self
+        return self
+
+    def __enter__(self) -> Stream:
+        self._previous.append(_local.current)
+        return self.use()
+
+    def __exit__(self, *error) -> None:
+        _local.current = self._previous.pop()
+
+    def record(self, event: Event | None = None) -> Event:
+        """An event behind what is queued."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        """What is queued from now on comes after the event."""
+        self.push(event.reach)
+
+
+class Event:
+    """A place in a stream."""
+
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False):
+        self._stream, self._mark = None, None
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Put it behind what is queued."""
+        self._stream, self._mark = stream or current(), lambda: None
+        self._stream.push(self._mark)
+
+    def reach(self) -> None:
+        """Run the stream as far as here."""
+        if self._stream is not None and self._mark in self._stream.pending:
+            self._stream.run(self._mark)
+
+    def synchronize(self) -> None:
+        """Wait for what is before it."""
+        fake.count_synchronization()
+        self.reach()
+
+
+class _Local(threading.local):
+    """A thread's streams: a thread stands for a rank in some tests, each with a device of its own."""
+
+    def __init__(self):
+        self.current = Stream(null=True)
+        self.streams = [self.current]
+
+
+_local = _Local()
+
+
+def current() -> Stream:
+    """This thread's current stream."""
+    return _local.current
+
+
+def all_done() -> bool:
+    """No stream of this thread has work pending."""
+    return all(stream.done for stream in _local.streams)
+
+
+def still_read(host: np.ndarray) -> bool:
+    """A queued copy reads this host memory."""
+    return any(np.may_share_memory(host, source) for stream in _local.streams for source in stream.sources.values())
+
+
+def run_all() -> None:
+    """Run every stream of this thread."""
+    for stream in _local.streams:
+        stream.run()
+
+
+def hidden_synchronization(what: str) -> None:
+    """Count and do what waits although its name does not say so."""
+    fake.hidden_synchronizations[what] += 1
+    current().run()
