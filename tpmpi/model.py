@@ -8,7 +8,6 @@ lines that say `comm.all_reduce`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,10 @@ from tpmpi.model_shard import MLP, Experts, LayerShard, ModelShard, Norm
 class Step:
     """The tokens that are computed at once, of one request or of several."""
 
-    tokens: Any  # [tokens] ids
-    positions: Any  # [tokens] each one's place in its request
+    tokens: np.ndarray  # [tokens] ids, on the host as all that decides what a step is
+    positions: np.ndarray  # [tokens] each one's place in its request
     segments: tuple[tuple[Segment, ...], ...]  # which rows belong together, for each group of layers
-    slots: tuple[Any, ...]  # [tokens] where K and V go, for each group of layers
+    slots: tuple[np.ndarray, ...]  # [tokens] where K and V go, for each group of layers
 
     @staticmethod
     def of(tokens: np.ndarray, *segments: tuple[Segment, ...]) -> Step:
@@ -92,16 +91,15 @@ def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: 
         qk_norm(qkv, layer, model, ops, comm)
     q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots[layer.group])  # Q turned; K, V into the ring
     if config.query_growth:
-        q *= grown(step.positions, config, ops)[:, None, None]
+        q *= ops.asarray(grown(step.positions, config))[:, None, None]
     b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], layer.window, config.scores_scale,
                    config.attention_softcap, layer.sinks)  # B  [tokens, heads/n * head_dim]
     return ops.linear(b, layer.attn_out.weight)  # C, partial
 
 
-def grown(positions, config: ModelConfig, ops):
+def grown(positions, config: ModelConfig) -> np.ndarray:
     """How much larger the scores of queries are at positions beyond the first query_growth_positions.  [tokens]"""
-    xp = ops.namespace(positions)
-    return (1 + config.query_growth * xp.log(1 + positions // config.query_growth_positions)).astype(xp.float32)
+    return (1 + config.query_growth * np.log(1 + positions // config.query_growth_positions)).astype(np.float32)
 
 
 def qk_norm(qkv, layer: LayerShard, model: ModelShard, ops, comm) -> None:

@@ -31,6 +31,7 @@ class Kernels:
     SLOTS_TOGETHER = LANES  # of the cache's layout: blocks that are multiples of it can be copied
     rope_table, top_k = staticmethod(reference.rope_table), staticmethod(reference.top_k)
     sigmoid, namespace = staticmethod(reference.sigmoid), staticmethod(reference.namespace)
+    asarray = staticmethod(reference.asarray)
 
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'

@@ -27,6 +27,11 @@ def namespace(x):
     return np if isinstance(x, np.ndarray) else sys.modules[type(x).__module__.partition('.')[0]]
 
 
+def asarray(x: np.ndarray):
+    """A host array where these kernels compute."""
+    return x
+
+
 # ---- weights: each kernel set keeps its own layout
 
 

@@ -1,0 +1,42 @@
+"""The whole model on the CUDA kernels, under real MPI: a strict stand-in for CuPy runs the sources on the CPU; -m gpu: a GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import cuda_device
+import numpy as np
+import pytest
+import tiny
+from programs.shards import TOKENS
+from ranks import environment, run_program
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
+@pytest.mark.parametrize(('size', 'collective'), [(1, 'mpi'), (2, 'mpi'), (3, 'staged')])
+def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_reduce(models, tmp_path, size, collective):
+    """An all-reduce before its sum is computed, a buffer used too early or a hidden copy fails in the stand-in."""
+    reports = run_program('cuda_model.py', size, tmp_path / 'out.npz', collective, *(path for path, _, _ in models.values()),
+                          timeout=300)
+    found = np.load(tmp_path / 'out.npz')
+    assert (reports['experts_shaken']['broadcasts'] > 0) == (size > 1) and reports['experts']['broadcasts'] == 0
+    np.testing.assert_allclose(found['experts_shaken'], found['experts'], atol=1e-5)  # ranks that differ take rank 0's choice
+    for name, (_, config, tensors) in models.items():
+        expected = tiny.oracle_logits(tensors, config, TOKENS)
+        np.testing.assert_allclose(found[name], expected, atol=5e-5 * np.abs(expected).max(), err_msg=name)
+        sums = reports[name]['to_host']
+        assert sums == 0 if collective == 'mpi' or size == 1 else sums >= 1 + config.num_layers
+        assert config.num_experts or reports[name]['hidden'] == {}
+
+
+@pytest.mark.gpu
+def test_shards_on_real_gpus_give_the_whole_model_s_logits(models, tmp_path):
+    """As many ranks as there are GPUs, up to 4, their sums over the host."""
+    with cuda_device.device('gpu') as cupy:
+        size = min(4, cupy.cuda.runtime.getDeviceCount())
+    run_program('cuda_model.py', size, tmp_path / 'out.npz', 'staged', *(path for path, _, _ in models.values()),
+                timeout=600, env=environment(TPMPI_TEST_GPU='1'))
+    found = np.load(tmp_path / 'out.npz')
+    for name, (_, config, tensors) in models.items():
+        expected = tiny.oracle_logits(tensors, config, TOKENS)
+        np.testing.assert_allclose(found[name], expected, atol=5e-5 * np.abs(expected).max(), err_msg=name)

@@ -1,0 +1,171 @@
+// softmax(scale Q K^T) V over rings of cache slots.
+//
+// K and V: [kv_heads, slots, dim], float32 or the bits of bfloat16.  A task is a run of queries of one request; a block
+// computes it for a few heads that read one KV head: KEYS keys at a time, a thread for each key in Q K^T, a thread for each
+// number of a head in the sum over V, with the running maximum and sum of Milakov and Gimelshein (2018).  Where a step has
+// few queries and long texts, the keys are split among blocks (Dao et al., flash-decoding, 2023), and `attend_combine`
+// puts the parts together.
+
+#define KEYS 128  // threads of a block, too
+enum { FIRST_ROW, ROWS, POSITION, LOW, SINKS, RING, RING_BLOCKS, PINNED, TASK_SIZE };  // numbers of a task
+
+// The cache slot of a position (see kv_cache.Ring).
+__device__ __forceinline__ i64 slot_of(i64 position, const i64* task, const i64* blocks, int block) {
+    i64 number = position / block;
+    const i64 pinned = task[PINNED], turning = task[RING_BLOCKS] - pinned;
+    if (number >= pinned && turning > 0) number = pinned + (number - pinned) % turning;
+    return blocks[task[RING] + number] * block + position % block;
+}
+
+template <class Cache>
+__device__ __forceinline__ void load_four(const Cache* x, float* out) {
+    for (int i = 0; i < 4; i++) out[i] = cached(x[i]);
+}
+template <>
+__device__ __forceinline__ void load_four<float>(const float* x, float* out) {
+    const float4 four = *reinterpret_cast<const float4*>(x);
+    out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
+}
+template <>
+__device__ __forceinline__ void load_four<u16>(const u16* x, float* out) {
+    const uint2 two = *reinterpret_cast<const uint2*>(x);
+    out[0] = from_bfloat16(two.x & 0xffffu), out[1] = __uint_as_float(two.x & 0xffff0000u);
+    out[2] = from_bfloat16(two.y & 0xffffu), out[3] = __uint_as_float(two.y & 0xffff0000u);
+}
+
+// ITEMS: queries times heads of a block; a query that is not there has weight 0.  SPANS: numbers of a head for each thread.
+// runs: [run, 3] KV head, first head, heads.  split: keys of a block.  A task's part goes to parts [splits, tokens, heads, dim]
+// and its maximum and sum to stats [splits, tokens, heads, 2]; with one split b itself is written.
+template <class Cache, int ITEMS, int SPANS>
+__device__ void attend(const float* q, const Cache* k, const Cache* v, const i64* tasks, const i64* blocks, int block,
+                       const i64* runs, int heads, int dim, i64 num_slots, i64 tokens, i64 window, int sinks, float scale,
+                       float cap, int split, float* b, float* parts, float* stats) {
+    DYNAMIC_SHARED(float, memory);
+    float *queries = memory, *scores = queries + ITEMS * dim, *top = scores + ITEMS * KEYS, *sum = top + ITEMS,
+          *factor = sum + ITEMS;
+    i64* slots = reinterpret_cast<i64*>(factor + ITEMS + (ITEMS * (dim + KEYS + 3)) % 2);
+    const i64 *task = tasks + (size_t)blockIdx.x * TASK_SIZE, *run = runs + 3 * blockIdx.y;
+    const int t = threadIdx.x, lane = t % WARP, each = (int)run[2], items = (int)task[ROWS] * each;
+    const i64 low = task[LOW], seen_first = task[SINKS], position = task[POSITION];
+    const i64 columns = seen_first + position + task[ROWS] - low, begin = (i64)blockIdx.z * split;
+    const i64 end = begin + split < columns ? begin + split : columns;
+    for (int i = t; i < ITEMS * dim; i += KEYS) {
+        const int item = i / dim;
+        queries[i] = item < items
+            ? q[((task[FIRST_ROW] + item / each) * heads + run[1] + item % each) * dim + i % dim] * scale : 0.0f;
+    }
+    if (t < ITEMS) top[t] = NOTHING_SEEN, sum[t] = 0.0f;
+    float out[SPANS][ITEMS];
+#pragma unroll
+    for (int s = 0; s < SPANS; s++)
+#pragma unroll
+        for (int m = 0; m < ITEMS; m++) out[s][m] = 0.0f;
+    k += (size_t)run[0] * num_slots * dim;
+    v += (size_t)run[0] * num_slots * dim;
+
+    for (i64 at = begin; at < end; at += KEYS) {
+        const int count = (int)(end - at < KEYS ? end - at : KEYS);
+        __syncthreads();  // the queries are there, and the last keys' scores and slots are no longer read
+        if (t < count) {
+            const i64 column = at + t, key = column < seen_first ? column : low + column - seen_first;
+            const i64 slot = slot_of(key, task, blocks, block);
+            slots[t] = slot;
+            const Cache* row = k + (size_t)slot * dim;
+            float score[ITEMS], four[4];
+#pragma unroll
+            for (int m = 0; m < ITEMS; m++) score[m] = 0.0f;
+            if (dim % 4 == 0) {
+                for (int d = 0; d < dim; d += 4) {
+                    load_four<Cache>(row + d, four);
+#pragma unroll
+                    for (int m = 0; m < ITEMS; m++) {
+                        const float4 x = *reinterpret_cast<const float4*>(queries + m * dim + d);
+                        score[m] = fmaf(four[3], x.w, fmaf(four[2], x.z, fmaf(four[1], x.y, fmaf(four[0], x.x, score[m]))));
+                    }
+                }
+            } else {
+                for (int d = 0; d < dim; d++) {
+                    const float number = cached(row[d]);
+#pragma unroll
+                    for (int m = 0; m < ITEMS; m++) score[m] = fmaf(number, queries[m * dim + d], score[m]);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < ITEMS; m++) {
+                const i64 from = position + m / each;  // where the query stands
+                if (cap > 0.0f) score[m] = cap * tanhf(score[m] / cap);
+                if (m >= items || key > from || (key <= from - window && key >= sinks)) score[m] = NOTHING_SEEN;
+                scores[m * KEYS + t] = score[m];
+            }
+        } else {
+#pragma unroll
+            for (int m = 0; m < ITEMS; m++) scores[m * KEYS + t] = NOTHING_SEEN;
+        }
+        __syncthreads();
+        for (int m = t / WARP; m < ITEMS; m += KEYS / WARP) {  // a warp for each item
+            float* row = scores + m * KEYS;
+            float highest = top[m];
+            for (int i = lane; i < KEYS; i += WARP) highest = fmaxf(highest, row[i]);
+            highest = warp_max(highest);
+            float total = 0.0f;
+            for (int i = lane; i < KEYS; i += WARP) {
+                row[i] = row[i] == NOTHING_SEEN ? 0.0f : expf(row[i] - highest);
+                total += row[i];
+            }
+            total = warp_sum(total);
+            const float kept = expf(top[m] - highest);
+            __syncwarp();  // all lanes have read the old maximum
+            if (lane == 0) factor[m] = kept, top[m] = highest, sum[m] = fmaf(sum[m], kept, total);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < SPANS; s++) {
+            const int d = t + s * KEYS;
+            if (d >= dim) break;
+#pragma unroll
+            for (int m = 0; m < ITEMS; m++) out[s][m] *= factor[m];
+            for (int i = 0; i < count; i++) {
+                const float number = cached(v[(size_t)slots[i] * dim + d]);
+#pragma unroll
+                for (int m = 0; m < ITEMS; m++) out[s][m] = fmaf(scores[m * KEYS + i], number, out[s][m]);
+            }
+        }
+    }
+
+    __syncthreads();  // the last maxima and sums are there
+    const bool whole = gridDim.z == 1;
+#pragma unroll
+    for (int s = 0; s < SPANS; s++) {
+        const int d = t + s * KEYS;
+        if (d >= dim) break;
+#pragma unroll
+        for (int m = 0; m < ITEMS; m++) {
+            if (m >= items) break;
+            const size_t row = (task[FIRST_ROW] + m / each) * heads + run[1] + m % each;
+            if (whole) b[row * dim + d] = out[s][m] / sum[m];
+            else if (end > begin) parts[((size_t)blockIdx.z * tokens * heads + row) * dim + d] = out[s][m];
+        }
+    }
+    if (!whole && t < items) {
+        float* stat = stats + 2 * ((size_t)blockIdx.z * tokens * heads + (task[FIRST_ROW] + t / each) * heads + run[1] + t % each);
+        stat[0] = top[t], stat[1] = end > begin ? sum[t] : 0.0f;
+    }
+}
+
+// The parts of all splits, in their order.  A block for each token and head.
+extern "C" __global__ void attend_combine(const float* parts, const float* stats, int splits, int heads, int dim,
+                                          long long tokens, float* b) {
+    const size_t row = (size_t)blockIdx.x * heads + blockIdx.y, each = (size_t)tokens * heads;
+    float highest = NOTHING_SEEN, total = 0.0f;
+    for (int s = 0; s < splits; s++) highest = fmaxf(highest, stats[2 * (s * each + row)]);
+    for (int s = 0; s < splits; s++)
+        total = fmaf(stats[2 * (s * each + row) + 1], expf(stats[2 * (s * each + row)] - highest), total);
+    for (int d = threadIdx.x; d < dim; d += blockDim.x) {
+        float out = 0.0f;
+        for (int s = 0; s < splits; s++) {
+            const float* stat = stats + 2 * (s * each + row);
+            if (stat[1] > 0.0f) out = fmaf(parts[(s * each + row) * dim + d], expf(stat[0] - highest), out);
+        }
+        b[row * dim + d] = out / total;
+    }
+}

@@ -1,0 +1,385 @@
+"""The kernels for NVIDIA GPUs: every operation of reference.py with the same name and meaning, on arrays of CuPy.
+
+The sources are the .cu files beside this one, compiled for the device by NVRTC when they are first needed; CuPy keeps the
+result on disk.  A few rows meet the packed weights in one kernel (products.cu).  Many rows are multiplied by cuBLAS: float32
+as it is, bfloat16 on the tensor cores, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation, and an
+unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three; with
+activations rounded to bfloat16 one is enough.  What the host decides for a step, such as where keys lie, is uploaded once for
+all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tpmpi.config import Rope
+from tpmpi.kernels import reference
+from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
+
+THREADS = 128
+OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # a warp computes two
+ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
+FEW_ROWS = 32  # from more on the library's product is faster
+UNPACKED_BYTES = 64 << 20  # of a matrix of int8 or int4, at once
+KEYS = 128  # attention.cu
+SPLIT = 512  # keys of one block where a step has few queries
+SPLIT_ROWS = 64  # as many queries fill the device by themselves
+ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
+EVERYWHERE = 1 << 62  # a window that hides nothing
+MOST_UPLOADS = 64  # small arrays of the last steps that stay on the device
+ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
+KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'int8': 'Int8', 'int4': 'Int4'}  # the structs of products.cu
+BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
+CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
+GRID_Y = 65535  # blocks along y, at most
+FILES = ('elementwise', 'products', 'attention')
+
+
+def source(name: str) -> str:
+    """The CUDA C++ of one file, with what it builds on and the entry points of its templates."""
+    folder = Path(__file__).parent
+    return '\n'.join([(folder / 'common.cu').read_text(), (folder / f'{name}.cu').read_text(), *_entries(name)])
+
+
+def _entries(name: str) -> list[str]:
+    """The instances of a file's templates."""
+    def entry(called, template, parameters):
+        names = ', '.join(p.split()[-1].lstrip('*') for p in parameters.split(', '))
+        return f'extern "C" __global__ void {called}({parameters}) {{ {template}({names}); }}'
+
+    found = []
+    if name == 'products':
+        w, y = 'const unsigned char* w, int row_bytes', 'float* y'
+        for kind, struct in KINDS.items():
+            found += [entry(f'multiply_{kind}_{rows}', f'multiply<{struct}, {rows}>',
+                            f'const float* x, int rows, int k, {w}, int outputs, {y}') for rows in ROWS_AT_ONCE]
+            found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
+                               f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
+            found.append(entry(f'embed_{kind}', f'embed<{struct}>',
+                               f'const long long* tokens, long long start, long long stop, {w}, int k, {y}'))
+            if kind in GROUP_PARTS:
+                found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
+                                   f'{w}, int k, unsigned short* high, unsigned short* low'))
+    for kv, number in CACHES.items():
+        if name == 'elementwise':
+            found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
+                'const float* qkv, const float* cosines, const float* sines, int pairs, int heads, int kv_heads, int dim, '
+                f'const long long* slots, long long num_slots, float* q, {number}* k, {number}* v')))
+        if name == 'attention':
+            found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
+                f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
+                'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
+                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'))
+                for items in ITEMS for spans in SPANS]
+    return found
+
+
+class Kernels:
+    """The operations for one rank.  xp: CuPy; activations: bfloat16 rounds what meets bfloat16 weights in many rows."""
+
+    expert, join = staticmethod(reference.expert), staticmethod(reference.join)
+    namespace, sigmoid, route = (staticmethod(f) for f in (reference.namespace, reference.sigmoid, reference.route))
+    log_sum_exp, top_k = staticmethod(reference.log_sum_exp), staticmethod(reference.top_k)
+
+    def __init__(self, xp, activations: str = 'float32'):
+        self.xp, self.rounded = xp, activations == 'bfloat16'
+        self.functions, self.uploads, self.tasks, self.frequencies = {}, {}, {}, {}
+
+    @cached_property
+    def modules(self) -> dict:
+        """The compiled files."""
+        return {name: self.xp.RawModule(code=source(name), options=('-std=c++17',)) for name in FILES}
+
+    def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, *arguments, shared: int = 0) -> None:
+        """Run a kernel; None is a null pointer."""
+        if name not in self.functions:
+            self.functions[name] = self.modules[file].get_function(name)
+        arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
+        self.functions[name](grid, (threads,), arguments, shared_mem=shared)
+
+    def asarray(self, x: np.ndarray):
+        """A small host array on the device; the same array is uploaded once."""
+        if id(x) not in self.uploads:
+            if len(self.uploads) >= MOST_UPLOADS:
+                self.uploads.clear()
+            self.uploads[id(x)] = x, self.xp.asarray(x)  # which keeps x alive, and so the id its own
+        return self.uploads[id(x)][1]
+
+    # ---- weights
+
+    def new_weight(self, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=None) -> Weight:
+        """An empty packed matrix for `rows` stored rows; `fill` puts them in, piece by piece."""
+        return self.expert(self.new_experts(1, rows, hidden_size, transposed, kind, letter), 0)
+
+    def new_experts(self, count: int, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=None) -> Weight:
+        """Empty packed matrices of one shape, one for each expert, as one Weight; `fill` fills each `expert` of it."""
+        k, outputs = (rows, hidden_size) if transposed else (hidden_size, rows)
+        width = -(-(_values_bytes(k, kind) + _groups_bytes(k, kind)) // 16) * 16
+        return Weight(self.xp.zeros((count, outputs, width), self.xp.uint8), kind, letter, k, outputs)
+
+    def fill(self, weight: Weight, at: int, stored: Stored) -> None:
+        """Put stored rows into a packed matrix; at: the first one's place."""
+        assert stored.kind == weight.kind
+        rows, first = slice(at, at + len(stored.data)), 0
+        if stored.group_axis == 0:  # [in, out]: these rows are columns of the packed matrix
+            rows, first, stored = slice(None), at, transpose(stored)
+        values = np.ascontiguousarray(stored.data).view(np.uint8)
+        begin = first * BITS[weight.kind] // 8
+        weight.data[rows, begin:begin + values.shape[1]] = self.xp.asarray(values)
+        if weight.kind in GROUP_PARTS:
+            groups = np.stack([getattr(stored, name) for name in GROUP_PARTS[weight.kind]], axis=-1)
+            groups = groups.reshape(len(groups), -1).view(np.uint8)
+            begin = _values_bytes(weight.in_features, weight.kind) + _groups_bytes(first, weight.kind)
+            weight.data[rows, begin:begin + groups.shape[1]] = self.xp.asarray(groups)
+
+    def new_cache(self, kv_heads: int, slots: int, head_dim: int, kv_dtype: str, xp=None):
+        """One layer's K and V, each [kv_heads/n, slots, head_dim], float32 or the bits of bfloat16."""
+        return reference.new_cache(kv_heads, slots, head_dim, kv_dtype, self.xp)
+
+    # ---- the operations of a step
+
+    def embed(self, tokens, table: Weight, vocab: range):
+        """Rows of the embedding that this rank holds, zeros for the others' tokens.  [tokens] -> [tokens, hidden]"""
+        y = self.xp.empty((len(tokens), table.in_features), self.xp.float32)
+        if len(vocab) == 0:
+            y.fill(0)
+        else:
+            self._launch('products', f'embed_{table.kind}', (len(tokens),), THREADS, self.asarray(tokens), np.int64(vocab.start),
+                         np.int64(vocab.stop), table.data, np.int32(table.data.shape[-1]), np.int32(table.in_features), y)
+        return y
+
+    def rms_norm(self, x, gain, eps: float):
+        """x / sqrt(mean(x^2) + eps) * gain.  [tokens, hidden] -> [tokens, hidden]"""
+        return self._norm(x, gain, None, eps, centred=False)
+
+    def layer_norm(self, x, gain, bias, eps: float):
+        """(x - mean) / sqrt(variance + eps) * gain + bias; bias may be None.  [tokens, hidden] -> the same"""
+        return self._norm(x, gain, bias, eps, centred=True)
+
+    def _norm(self, x, gain, bias, eps: float, centred: bool):
+        y = self.xp.empty_like(x)
+        self._launch('elementwise', 'norm_rows', (len(x),), 256, x, gain, bias, y, np.int32(x.shape[1]), np.int32(centred),
+                     np.float32(eps), shared=4 * 256 // 32)
+        return y
+
+    def norm_heads(self, qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
+        """Each of the first `heads` heads of the fused projection, or a run of its columns, through a norm, in place."""
+        if heads:
+            self._launch('elementwise', 'norm_heads', (len(qkv), heads), 32, qkv, _stride(qkv), np.int32(head_dim), gain, bias,
+                         np.int32(kind == 'layer'), np.float32(eps), shared=4)
+
+    def head_squares(self, qkv, runs: Sequence[range]):
+        """The sum of squares of each of some runs of columns.  [tokens, columns] -> [tokens, runs]"""
+        y = self.xp.empty((len(qkv), len(runs)), self.xp.float32)
+        for column, run in enumerate(runs):
+            self._launch('elementwise', 'head_squares', (len(qkv),), 256, qkv, _stride(qkv), np.int32(run.start),
+                         np.int32(run.stop), y, np.int32(len(runs)), np.int32(column), shared=4 * 256 // 32)
+        return y
+
+    def scale_columns(self, qkv, run: range, factor, gain) -> None:
+        """A run of columns times a factor for each token and a gain for each column, in place.  factor: [tokens]"""
+        if len(run):
+            self._launch('elementwise', 'scale_columns', (len(qkv),), THREADS, qkv, _stride(qkv), np.int32(run.start),
+                         np.int32(len(run)), factor, gain)
+
+    def softcap(self, x, cap: float):
+        """cap * tanh(x / cap).  [tokens, vocab/n], the same shape"""
+        return self._each('softcap', x, np.float32(cap))
+
+    def activate(self, x, kind: str):
+        """The MLP's activation, element by element."""
+        return self._each('activate', x, np.int32(ACTIVATIONS[kind]))
+
+    def _each(self, name: str, x, argument):
+        y = self.xp.empty_like(x)
+        if x.size:
+            self._launch('elementwise', name, (-(-x.size // 256),), 256, x, y, np.int64(x.size), argument)
+        return y
+
+    def gated_activation(self, gate_up, kind: str):
+        """activation(gate) * up.  [tokens, 2 ffn/n] -> [tokens, ffn/n]"""
+        ffn = gate_up.shape[1] // 2
+        y = self.xp.empty((len(gate_up), ffn), self.xp.float32)
+        if ffn:
+            for first in range(0, len(gate_up), GRID_Y):
+                part = slice(first, first + GRID_Y)
+                self._launch('elementwise', 'gated_activation', (-(-ffn // 256), len(y[part])), 256, gate_up[part], y[part],
+                             np.int32(ffn), np.int32(ACTIVATIONS[kind]))
+        return y
+
+    def linear(self, x, weight: Weight):
+        """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
+        if weight.kind == 'mixed':
+            return self.xp.concatenate([self.linear(x, part) for part in weight.data], axis=1)
+        rows, k, outputs = len(x), weight.in_features, weight.out_features
+        y = self.xp.empty((rows, outputs), self.xp.float32)
+        if k == 0:  # a rank without heads adds nothing
+            y.fill(0)
+        elif outputs and rows <= FEW_ROWS:
+            each = next(n for n in ROWS_AT_ONCE if n >= min(rows, ROWS_AT_ONCE[-1]))
+            grid = -(-outputs // OUTPUTS_PER_BLOCK), -(-rows // each)
+            self._launch('products', f'multiply_{weight.kind}_{each}', grid, THREADS, x, np.int32(rows), np.int32(k),
+                         weight.data, np.int32(weight.data.shape[1]), np.int32(outputs), y)
+        elif outputs:
+            self._many_rows(x, weight, y)
+        return y
+
+    def _many_rows(self, x, weight: Weight, y) -> None:
+        """y = x · W by cuBLAS."""
+        xp, k, width = self.xp, weight.in_features, weight.data.shape[1]
+        if weight.kind == 'float32':
+            self._add_product(weight.data.view(xp.float32), x, y, first=True)
+            return
+        halves = [xp.empty(x.shape, xp.uint16) for _ in range(1 if self.rounded else 2)]
+        no_low = [None] * (2 - len(halves))
+        self._launch('products', 'split_rows', (-(-x.size // 256),), 256, x, np.int64(x.size), *halves, *no_low)
+        if weight.kind == 'bfloat16':
+            for i, half in enumerate(halves):
+                self._add_product(weight.data.view(xp.uint16), half, y, first=i == 0)
+            return
+        step = max(1, UNPACKED_BYTES // (2 * k * len(halves)))
+        for first in range(0, weight.out_features, step):
+            part = weight.data[first:first + step]
+            unpacked = [xp.empty((len(part), k), xp.uint16) for _ in halves]
+            self._launch('products', f'unpack_{weight.kind}', (len(part),), 256, part, np.int32(width), np.int32(k), *unpacked,
+                         *no_low)
+            for i, (w, half) in enumerate([(w, half) for w in unpacked for half in halves][:3]):  # low times low is nothing
+                self._add_product(w, half, y[:, first:first + step], first=i == 0)
+
+    def _add_product(self, w, x, y, first: bool) -> None:
+        """y = x · w^T, or y += where it is not the first.  w: [out, in and padding], x: [rows, in], y: [rows, out and more]"""
+        cuda = self.xp.cuda
+        kind = cuda.runtime.CUDA_R_32F if w.dtype == np.float32 else cuda.runtime.CUDA_R_16BF
+        one, factor = np.ones(1, np.float32), np.full(1, 0 if first else 1, np.float32)
+        (rows, k), blas = x.shape, cuda.cublas
+        blas.gemmEx(cuda.device.get_cublas_handle(), blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, len(w), rows, k, one.ctypes.data,
+                    w.data.ptr, kind, w.strides[0] // w.itemsize, x.data.ptr, kind, k, factor.ctypes.data,
+                    y.data.ptr, cuda.runtime.CUDA_R_32F, y.strides[0] // y.itemsize, blas.CUBLAS_COMPUTE_32F,
+                    blas.CUBLAS_GEMM_DEFAULT)  # of columns first: [out, rows] there is [rows, out] here
+
+    def rope_table(self, positions, lengths, rope: Rope):
+        """What turns the pairs of a head at each position: cosines and sines, [tokens, rope.dim / 2] each."""
+        if rope.by_length:
+            theta, divisors = reference._stretched(lengths, rope, np)
+            exponents = np.arange(0, rope.dim, 2) / rope.dim
+            frequencies = self.xp.asarray(np.ascontiguousarray(theta ** -exponents / divisors))
+        else:
+            if rope not in self.frequencies:
+                self.frequencies[rope] = self.xp.asarray(reference._frequencies(rope, np))
+            frequencies = self.frequencies[rope]
+        tables = [self.xp.empty((len(positions), rope.dim // 2), self.xp.float32) for _ in range(2)]
+        self._launch('elementwise', 'rope_table', (len(positions),), 64, self.asarray(positions), frequencies,
+                     np.int32(rope.by_length), np.int32(rope.dim // 2), np.float64(rope.magnitude), *tables)
+        return tuple(tables)
+
+    def rope_append(self, qkv, num_heads: int, head_dim: int, rope, cache, slots):
+        """Split the fused projection, turn Q and K, put K and V into the cache; returns Q [tokens, heads/n, head_dim]."""
+        q, kv_heads = self.xp.empty((len(qkv), num_heads, head_dim), self.xp.float32), len(cache.k)
+        pairs, tables = (0, (None, None)) if rope is None else (rope[0].shape[1], rope)
+        if num_heads + kv_heads:
+            threads = min(256, -(-head_dim // 32) * 32)
+            self._launch('elementwise', f'rope_append_{_kv(cache)}', (len(qkv), num_heads + 2 * kv_heads), threads, qkv, *tables,
+                         np.int32(pairs), np.int32(num_heads), np.int32(kv_heads), np.int32(head_dim),
+                         self.asarray(slots), np.int64(cache.k.shape[1]), q, cache.k, cache.v)
+        return q
+
+    def attend(self, q, cache, query_groups, segments, window: int | None, scale: float, cap: float | None = None,
+               sinks: int = 0):
+        """B = softmax(scale Q K^T) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
+        tokens, heads, dim = q.shape
+        b = self.xp.empty((tokens, heads * dim), self.xp.float32)
+        if heads == 0:
+            return b
+        tasks, blocks, runs, items, columns = self._tasks(segments, query_groups, window, sinks)
+        splits = -(-columns // SPLIT) if tokens <= SPLIT_ROWS else 1
+        split = SPLIT if splits > 1 else -(-columns // KEYS) * KEYS
+        parts = stats = None
+        if splits > 1:
+            parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
+        spans = next(n for n in SPANS if n * KEYS >= dim)
+        floats = items * (dim + KEYS + 3)
+        self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS,
+                     q, cache.k, cache.v, tasks, blocks, np.int32(segments[0].ring.block), runs, np.int32(heads), np.int32(dim),
+                     np.int64(cache.k.shape[1]), np.int64(tokens), np.int64(EVERYWHERE if window is None else window),
+                     np.int32(sinks), np.float32(scale), np.float32(cap or 0), np.int32(split), b, parts, stats,
+                     shared=4 * (floats + floats % 2) + 8 * KEYS)
+        if splits > 1:
+            self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
+                         np.int32(dim), np.int64(tokens), b)
+        return b
+
+    def _tasks(self, segments, query_groups, window: int | None, sinks: int):
+        """What the blocks of an attention do, on the device: tasks, the blocks of all rings, runs of heads; see attention.cu."""
+        key = id(segments), window, sinks
+        if key not in self.tasks:
+            if len(self.tasks) >= MOST_UPLOADS:
+                self.tasks.clear()
+            most = ITEMS[-1]
+            runs = [(kv_head, first, min(most, group.stop - first)) for kv_head, group in enumerate(query_groups)
+                    for first in range(group.start, group.stop, most)]
+            rows_at_once = most // max(count for _, _, count in runs)
+            tasks, ring_at = [], 0
+            for s in segments:
+                for row in range(0, len(s.slots), rows_at_once):
+                    position = s.start + row
+                    low = s.oldest if window is None else max(s.oldest, position - window + 1)
+                    tasks.append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low, min(sinks, low),
+                                  ring_at, len(s.ring.blocks), s.ring.pinned))
+                ring_at += len(s.ring.blocks)
+            columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
+            largest = max(task[1] for task in tasks) * max(count for _, _, count in runs)
+            arrays = [self.xp.asarray(np.array(a, np.int64)) for a in (
+                tasks, np.concatenate([s.ring.blocks for s in segments]), runs)]
+            self.tasks[key] = segments, (*arrays, next(n for n in ITEMS if n >= largest), columns)
+        return self.tasks[key][1]
+
+    # ---- a mixture of experts
+
+    def experts(self, a, choice, shares, up: Weight, down: Weight, kind: str):
+        """The sum over a token's experts of share * (D · W^D): E, this rank's part.  [tokens, hidden] -> [tokens, hidden]"""
+        each, e = choice.shape[1], self.xp.empty(a.shape, self.xp.float32)
+        if up.out_features == 0:  # a rank without columns adds nothing
+            e.fill(0)
+            return e
+        choice, shares = (self.xp.ascontiguousarray(x) for x in (choice, shares))
+        step = GRID_Y // each
+        for first in range(0, len(a), step):
+            part = slice(first, first + step)
+            pairs = choice[part].ravel()
+            d = self.gated_activation(self._chosen(a[part], up, pairs, each), kind)  # D  [tokens * each, expert_ffn/n]
+            self._launch('elementwise', 'combine_experts', (-(-a.shape[1] // 256), len(choice[part])), 256,
+                         self._chosen(d, down, pairs, 1), shares[part], e[part], np.int32(each), np.int32(a.shape[1]))
+        return e
+
+    def _chosen(self, x, weight: Weight, choice, shared_by: int):
+        """Each pair of a row of x and the expert that it is sent to.  [pairs / shared_by, in] -> [pairs, out]"""
+        y = self.xp.empty((len(choice), weight.out_features), self.xp.float32)
+        grid = -(-weight.out_features // (THREADS // 32)), len(choice)
+        self._launch('products', f'multiply_chosen_{weight.kind}', grid, THREADS, x, np.int32(shared_by),
+                     np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[2]),
+                     np.int32(weight.out_features), choice, y)
+        return y
+
+
+def _values_bytes(k: int, kind: str) -> int:
+    """Bytes of one output's weights, padded with zeros to whole groups; see products.cu."""
+    return -(-k // GROUP) * GROUP * BITS[kind] // 8
+
+
+def _groups_bytes(k: int, kind: str) -> int:
+    """Bytes of the float16 scales, and offsets, behind them."""
+    return k // GROUP * 2 * len(GROUP_PARTS.get(kind, ()))
+
+
+def _kv(cache) -> str:
+    """The element type of a cache."""
+    return 'float32' if cache.k.dtype == np.float32 else 'bfloat16'
+
+
+def _stride(x) -> np.int64:
+    """From a row to the next, in numbers."""
+    return np.int64(x.strides[0] // x.itemsize)
