@@ -36,19 +36,58 @@ def test_an_agreed_error_is_one_line_and_an_unexpected_one_names_its_type():
     Communicator().agree(None)
 
 
-def test_a_device_is_synchronized_before_and_its_arrays_go_over_the_host():
-    """The order of calls for a device array: wait, copy out, reduce, copy in."""
-    events = []
+class DeviceArray:
+    """An array whose memory is the GPU's, by its type."""
 
-    class Staging:
-        def to_host(self, x):
-            events.append('out')
-            return x.copy()
+    __cuda_array_interface__ = None
 
-        def from_host(self, host, x):
-            events.append('in')
-            x[...] = host
+    def __init__(self, memory):
+        self.memory, self.dtype, self.flags, self.nbytes = memory, memory.dtype, memory.flags, memory.nbytes
 
-    x = np.arange(3, dtype=np.float32)
-    Communicator(synchronize=lambda: events.append('wait'), staging=Staging()).all_reduce(x)
-    assert events == ['wait', 'out', 'in'] and x.tolist() == [0, 1, 2]
+
+class Carrier:
+    def __init__(self):
+        self.events = []
+
+    def sum(self, x, reduce):
+        self.events.append(x)
+        reduce(x.memory)
+
+
+class TwoRanks:
+    """An MPI communicator of two ranks that hold the same."""
+
+    rank, size = 0, 2
+
+    def Allreduce(self, _, x):
+        x *= 2
+
+
+def test_device_memory_goes_by_the_carrier_and_host_memory_does_not():
+    carrier = Carrier()
+    comm = Communicator(TwoRanks(), carrier)
+    x, host = DeviceArray(np.arange(3, dtype=np.float32)), np.arange(3, dtype=np.float32)
+    comm.all_reduce(x)
+    comm.all_reduce(host)
+    assert carrier.events == [x] and x.memory.tolist() == [0, 2, 4] == host.tolist()
+    assert (comm.traffic['all_reduce'].calls, comm.traffic['all_reduce'].bytes) == (2, 24)
+
+
+def test_device_memory_without_a_carrier_never_reaches_mpi():
+    with pytest.raises(TypeError, match='device memory without a carrier'):
+        Communicator(TwoRanks()).all_reduce(DeviceArray(np.ones(3, np.float32)))
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.uint16, np.float64])
+def test_what_is_no_float32_never_reaches_a_carrier(dtype):
+    carrier = Carrier()
+    with pytest.raises(TypeError, match='expected C-contiguous float32'):
+        Communicator(TwoRanks(), carrier).all_reduce(DeviceArray(np.ones(3, dtype)))
+    assert not carrier.events
+
+
+def test_one_rank_sends_nothing_and_waits_for_nothing():
+    carrier = Carrier()
+    comm = Communicator(carrier=carrier)
+    comm.all_reduce(DeviceArray(np.ones(3, np.float32)))
+    assert comm.size == 1 and not carrier.events and comm.traffic['all_reduce'].bytes == 12

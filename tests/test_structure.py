@@ -14,9 +14,9 @@ import tpmpi
 PACKAGE = Path(tpmpi.__file__).parent
 FLOORS = {
     'config': 0, 'weights': 0, 'sharding': 0,
-    'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1, 'tokenizer': 1,
-    'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
-    'kv_cache': 2, 'model_shard': 2, 'model': 2,
+    'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'collectives': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1,
+    'tokenizer': 1, 'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
+    'kv_cache': 2, 'model_shard': 2, 'model': 2, 'footprint': 2,
     'sampling': 3, 'block_pool': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3,
     'results': 3, 'progress': 3, 'arrays': 3,
     'session': 4, 'dispatch': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, 'batch': 6, '__init__': 7,
@@ -24,6 +24,8 @@ FLOORS = {
 # two modules of one floor that may know each other, and why
 NEIGHBOURS = {
     ('sharding', 'config'), ('sharding', 'weights'),  # facts
+    ('collectives', 'device'),  # one kind of error
+    ('footprint', 'kv_cache'), ('footprint', 'model_shard'),
     ('model', 'kv_cache'), ('model', 'model_shard'), ('model_shard', 'kv_cache'),
     ('engine', 'sampling'), ('engine', 'scheduler'), ('scheduler', 'sampling'), ('scheduler', 'block_pool'),
     ('batch_format', 'sampling'), ('batch_input', 'batch_format'), ('results', 'lease'),
@@ -32,7 +34,7 @@ NEIGHBOURS = {
 }
 THIRD_PARTY = {
     'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'checkpoint_writer', 'file_layout', 'versions', 'arrays'},
-    'cupy': {'device', 'versions'},
+    'cupy': {'device', 'collectives', 'versions'},
     'tokenizers': {'tokenizer', 'formats'}, 'numba': {'kernels'}, 'llvmlite': {'kernels'},
     'jinja2': {'chat_template'}, 'safetensors': {'formats'}, 'gguf': {'formats'}, 'tqdm': {'convert'},
     'huggingface_hub': {'formats'}, 'numpy': None,

@@ -17,11 +17,13 @@ import atexit
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tpmpi import comm as mpi
 from tpmpi import session as sessions
 from tpmpi.config import ConfigError, RunConfig
 
@@ -91,8 +93,8 @@ class LLM:
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
-         kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0, session=None,
-         group=None, tracing: bool = False) -> LLM:
+         kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0,
+         collective: str = 'auto', share_gpu: bool = False, session=None, group=None, tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
@@ -101,8 +103,9 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     float32 otherwise.  verify: check the file's checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
     'reference' (NumPy, CuPy), or 'auto'.  activations: 'bfloat16' rounds them before they meet bfloat16 weights.
-    share_prefixes: prompts that begin alike are computed once.  group: the communicator of the ranks that share this copy
-    of the model, where not all of the session's ranks do.
+    share_prefixes: prompts that begin alike are computed once.  collective: 'mpi', 'staged', 'nccl' or 'auto', how sums of
+    GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  group: the communicator of
+    the ranks that share this copy of the model, where not all of the session's ranks do.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
     if session is None:
@@ -110,7 +113,6 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         sys.excepthook = _end_all_ranks(session, sys.excepthook)
         atexit.register(session.watch.close)
     # imported late: NumPy must find the number of BLAS threads set
-    from tpmpi import device as devices
     from tpmpi.checkpoint import CheckpointReader
     from tpmpi.engine import Engine
     from tpmpi.model_shard import load_model, matrix_kinds
@@ -120,23 +122,26 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
 
     def open_all():
         run = RunConfig(context, chunk, block, share_prefixes, kv_dtype='float32' if kv is None else kv, device=device,
-                        verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks)
+                        verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks,
+                        collective=collective, share_gpu=share_gpu)
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')
         if context is not None and context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
-        opened = devices.open_device(device, session.local_rank, session.local_size)
-        return run, reader, opened, _tokenizer(reader) if comm.rank == 0 else None
+        return run, reader, _tokenizer(reader) if comm.rank == 0 else None
 
     session.watch.phase = 'load'
-    run, reader, opened, tokenizer = session.agreed(open_all)
+    run, reader, tokenizer = session.agreed(open_all)
     _return_freed_memory()
-    session.agreed(devices.check_one_rank_per_gpu, session.comm.exchange_on_node(opened.identity)[1])
-    session.agreed(_check_same_model, session.comm.exchange((reader.config, reader.length)))
     with reader:
-        comm.synchronize, comm.staging = opened.synchronize, opened.staging
+        session.agreed(_check_same_model, session.comm.exchange((reader.config, reader.length)))
+        opened, sharers = _open_device(session, run)
         part = shard(reader.config, comm.rank, comm.size)
+        session.agreed(_check_memory, opened, sharers, reader, part, run)
+        _close_carrier(comm)  # of a model that was loaded before
+        comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
+        atexit.register(_close_carrier, comm)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
         model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks)
     _keep_freed_memory()
@@ -152,6 +157,78 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
             tracer.phase = phase
 
     return LLM(session, Engine(model, tokenizer, opened, ops, comm, run, on_phase), tracer)
+
+
+def _open_device(session, run: RunConfig):
+    """This rank's device, and how many ranks compute on it; on all ranks a GPU, or on all the CPU."""
+    from tpmpi import device as devices
+    comm = session.comm
+    if run.device == 'cpu' or run.device == 'auto' and not any(comm.exchange(devices.driver_present())):
+        return devices.host(), 1
+    try:
+        gpus = session.agreed(devices.visible_gpus)
+        local_rank, on_node = comm.exchange_on_node(gpus)
+        number = session.agreed(devices.choose_gpu, on_node, local_rank, run.share_gpu)
+        placed = comm.exchange((session.host, gpus[number]))
+        sharers = session.agreed(devices.ranks_on, placed, comm.rank, run.share_gpu)
+        opened = session.agreed(devices.open_gpu, gpus, number)
+    except mpi.GroupError as e:
+        if run.device == 'cuda':
+            raise mpi.GroupError(e.rank, f'device cuda: {e}') from e
+        if comm.rank == 0:
+            log.info('device auto: rank %d: %s; all ranks compute on the CPU', e.rank, e)
+        return devices.host(), 1
+    if comm.rank == 0:
+        for line in devices.table(placed):
+            log.info('%s', line)
+    return opened, sharers
+
+
+def _check_memory(opened, sharers: int, reader, part, run: RunConfig) -> None:
+    """Raises DeviceError where this rank's share of its GPU's free memory cannot hold what it will load."""
+    from tpmpi.device import check_memory
+    from tpmpi.footprint import cache_bytes, shard_bytes, workspace_bytes
+    free = opened.free_bytes()
+    if free is not None:
+        parts = {'weights': shard_bytes(reader, part, run.weights),
+                 'cache': cache_bytes(reader.config, part, run.context, run.chunk, run.block, run.kv_dtype, run.sinks),
+                 'workspace': workspace_bytes(reader.config, part, run.chunk)}
+        check_memory(sum(parts.values()), free // sharers, opened.name, parts)
+
+
+def _carrier(session, comm, run: RunConfig, opened, shared: bool, hidden: int):
+    """How sums of this rank's GPU memory go, alike on all ranks; None where nothing of that kind is to be summed."""
+    from tpmpi import collectives
+    if opened.gpu is None:
+        session.agreed(collectives.check_host, run.collective)
+        return None
+    if session.comm.size == 1:
+        return None
+    support = None
+    if run.collective in ('auto', 'mpi'):
+        answers = collectives.mpi_answers(collectives.mpi_libraries())
+        support = collectives.gpu_support(mpi.library(), comm.memory_kinds(), answers, os.environ)
+    supports, sharing = zip(*session.comm.exchange((support, shared)), strict=True)
+    trusted = os.environ.get(collectives.TRUST) == '1'
+    name, reason = session.agreed(collectives.choose, run.collective, supports, any(sharing), trusted)
+    if name == 'mpi':
+        carrier = collectives.Direct(opened.stream)
+    elif name == 'staged':
+        carrier = session.agreed(collectives.Staged, opened.xp, opened.stream, 4 * run.chunk * hidden)
+    else:
+        nccl = session.agreed(collectives.load_nccl)  # all have it, before any of them waits in it for the others
+        first = comm.share(session.agreed(collectives.nccl_id, nccl, comm.rank))
+        carrier = session.agreed(collectives.Nccl, nccl, comm.size, first, comm.rank, opened.stream)
+    if session.comm.rank == 0:
+        log.info('all-reduce of GPU memory: %s (%s)', name, reason)
+    return carrier
+
+
+def _close_carrier(comm) -> None:
+    carrier, comm.carrier = comm.carrier, None
+    if carrier is not None:
+        with contextlib.suppress(RuntimeError):  # the GPU is lost, and that was said
+            carrier.close()
 
 
 def _kernels(session, run: RunConfig, device, config, kinds: set[str]):
@@ -171,9 +248,12 @@ def _kernels(session, run: RunConfig, device, config, kinds: set[str]):
 
 def _choose_kernels(session, run: RunConfig, device):
     from tpmpi.kernels import reference
-    if device.name != 'cpu' or run.kernels == 'reference':
-        if run.kernels == 'cpu':
-            raise ConfigError(f'kernels cpu: the device is {device.name}; choose device cpu, or leave kernels out')
+    if device.name != 'cpu':
+        if run.kernels != 'auto':
+            raise ConfigError(f'kernels {run.kernels}: the device is {device.name}; choose device cpu, or leave kernels out')
+        from tpmpi.kernels.cuda import Kernels
+        return Kernels(device.xp, run.activations)
+    if run.kernels == 'reference':
         return reference
     try:
         from tpmpi.kernels.cpu import Kernels

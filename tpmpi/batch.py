@@ -18,7 +18,7 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+from tpmpi.config import COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
 
 STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
@@ -76,6 +76,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--activations', default='float32', choices=KV_DTYPES)
     p.add_argument('--kernels', default='auto', choices=KERNELS)
     p.add_argument('--device', default='auto', choices=DEVICES)
+    p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
+    p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
     p.add_argument('--time-limit', type=seconds, metavar='TIME', help='stop in time to be started again: seconds, or H:M:S')
@@ -164,7 +166,8 @@ def load(s: session.Session, options: argparse.Namespace):
     group = s.comm.split(replica)
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
                    chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
-                   activations=options.activations, share_prefixes=not options.no_prefix_sharing, session=s, group=group)
+                   activations=options.activations, share_prefixes=not options.no_prefix_sharing,
+                   collective=options.collective, share_gpu=options.share_gpu, session=s, group=group)
     return llm, group, replica
 
 
@@ -175,8 +178,13 @@ def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, 
     engine, config = llm.engine, llm.config
     run, model = engine.run, engine.model
     s.comm.exchange(None)  # all have loaded: what is free now is free
-    resident = sum(s.comm.exchange_on_node(resident_bytes())[1])
-    given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, s.local_size, free_bytes(resident=resident)))
+    gpu = engine.device.gpu
+    on_node = s.comm.exchange_on_node((resident_bytes(), None if gpu is None else gpu.identity))[1]
+    if gpu is None:
+        free, sharers = free_bytes(resident=sum(resident for resident, _ in on_node)), s.local_size
+    else:
+        free, sharers = s.agreed(engine.device.free_bytes), sum(identity == gpu.identity for _, identity in on_node)
+    given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, sharers, free))
     each = block_bytes(config, model.shard, model.groups, run.block, engine.ops, run.kv_dtype)
     longest = max(config.max_positions, options.context or 0) + run.sinks + run.chunk
     most = options.max_sequences * rings_blocks(model.groups, longest, run.chunk, run.block)

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+from tpmpi.config import COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 STREAM_TOTAL = 1 << 30  # bytes that all ranks together stream at least: far more than their caches hold
@@ -52,6 +52,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
     p.add_argument('--chunk', type=int, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', choices=DEVICES)
+    p.add_argument('--collective', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
+    p.add_argument('--share-gpu', action='store_true', default=None, help='several ranks may compute on one GPU')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--json', action='store_true', help='one JSON object instead of the table')
     options = p.parse_args(argv)
@@ -252,7 +254,7 @@ def table(f: dict) -> str:
 
 def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, measure, print."""
-    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device')
+    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu')
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
     start = perf_counter()
     llm = api.load(options.model, session=s, **chosen)

@@ -23,7 +23,7 @@ class Traffic:
 
     calls: int = 0
     bytes: int = 0  # of the buffer, on this rank
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the host: of a sum that only joins a GPU's stream (nccl), not what the GPU took for it
 
 
 class GroupError(ValueError):
@@ -37,15 +37,15 @@ class GroupError(ValueError):
 class Communicator:
     """The ranks that hold the shards of one model.
 
-    `synchronize` waits for the device: MPI knows nothing of CUDA streams, so it is called before each collective.
-    `staging` carries device arrays over a host buffer (`to_host(x) -> array`, `from_host(array, x)`); None hands MPI
-    the array's own memory.
+    `carrier` is how sums of device memory go: its `sum(x, reduce)` sums x over all ranks, `reduce` being the sum of what MPI
+    can read, and `close()` ends it (see collectives.py).  Without one only host memory is taken: MPI would follow the
+    device's address on the host.
     """
 
-    def __init__(self, mpi_comm: MPI.Comm | None = None, synchronize=None, staging=None):
+    def __init__(self, mpi_comm: MPI.Comm | None = None, carrier=None):
         self.mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
         self.rank, self.size = self.mpi_comm.rank, self.mpi_comm.size
-        self.synchronize, self.staging = synchronize, staging
+        self.carrier = carrier
         self.traffic = {name: Traffic() for name in ('all_reduce', 'gather', 'broadcast')}
         self.entered = 0  # collectives that this rank has begun: a rank with fewer is one that the others wait for
         self.while_waiting: Callable[[], object] = lambda: None  # called now and then while it waits asleep
@@ -59,15 +59,17 @@ class Communicator:
         if x.dtype != 'float32' or not x.flags.c_contiguous:
             raise TypeError(f'all_reduce of {x.dtype}, C-contiguous: {x.flags.c_contiguous}; expected C-contiguous float32')
         start = self._begin()
-        if self.synchronize is not None:
-            self.synchronize()
-        if self.staging is None:
-            self.mpi_comm.Allreduce(MPI.IN_PLACE, x)
-        else:
-            host = self.staging.to_host(x)
-            self.mpi_comm.Allreduce(MPI.IN_PLACE, host)
-            self.staging.from_host(host, x)
+        if self.size > 1:
+            if not hasattr(type(x), '__cuda_array_interface__'):  # asked of the type: a device array may have work in flight
+                self._sum(x)
+            elif self.carrier is None:
+                raise TypeError('all_reduce of device memory without a carrier; see collectives.py')
+            else:
+                self.carrier.sum(x, self._sum)
         self._count('all_reduce', x.nbytes, start)
+
+    def _sum(self, x) -> None:
+        self.mpi_comm.Allreduce(MPI.IN_PLACE, x)
 
     def gather(self, x, out) -> None:
         """Collect one small host array of each rank on rank 0.  x: [...], out: [size, ...] there and None elsewhere."""
@@ -76,9 +78,14 @@ class Communicator:
         self._count('gather', x.nbytes, start)
 
     def broadcast(self, x) -> None:
-        """Overwrite a small host array on every rank with rank 0's."""
+        """Overwrite a small array on every rank with rank 0's; device memory goes over the host."""
         start = self._begin()
-        self.mpi_comm.Bcast(x)
+        if hasattr(type(x), '__cuda_array_interface__'):
+            host = x.get()
+            self.mpi_comm.Bcast(host)
+            x.set(host)
+        else:
+            self.mpi_comm.Bcast(x)
         self._count('broadcast', x.nbytes, start)
 
     def _begin(self) -> float:
@@ -141,8 +148,19 @@ class Communicator:
                 raise GroupError(rank, message) from error
 
     def split(self, group: int) -> Communicator:
-        """The communicator of the ranks that gave the same group, in the order of their ranks here.  Collective."""
-        return Communicator(self.mpi_comm.Split(group), self.synchronize, self.staging)
+        """The communicator of the ranks that gave the same group, in the order of their ranks here.  Collective.
+
+        It has no carrier yet: NCCL's is of one group of ranks.
+        """
+        return Communicator(self.mpi_comm.Split(group))
+
+    def memory_kinds(self) -> str | None:
+        """The kinds of memory that MPI 4.1 says it can take, such as 'mpi,system,cuda:device'; None where it says nothing."""
+        info = self.mpi_comm.Get_info()
+        try:
+            return info.get('mpi_memory_alloc_kinds')
+        finally:
+            info.Free()
 
     def exchange_on_node(self, value) -> tuple[int, list]:
         """This rank's number among the ranks of its node, and the values of all of them."""
@@ -184,10 +202,14 @@ def abort(code: int = 1) -> None:
     MPI.COMM_WORLD.Abort(code)
 
 
+def library() -> str:
+    """The MPI library in use, as it names itself, in one line."""
+    return ' '.join(MPI.Get_library_version().replace('\x00', '').strip().splitlines()[0].split())
+
+
 def describe() -> str:
     """The MPI library in use, for bug reports."""
-    library = MPI.Get_library_version().replace('\x00', '').strip().splitlines()[0].strip()
-    return f'{" ".join(library.split())}, MPI {".".join(map(str, MPI.Get_version()))}, mpi4py {mpi4py.__version__}'
+    return f'{library()}, MPI {".".join(map(str, MPI.Get_version()))}, mpi4py {mpi4py.__version__}'
 
 
 def host_name() -> str:

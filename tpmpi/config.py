@@ -10,6 +10,7 @@ NORMS = ('rms', 'layer', 'none')
 QK_NORMS = ('none', 'head', 'all')
 KV_DTYPES = ('float32', 'bfloat16')
 DEVICES = ('auto', 'cpu', 'cuda')
+COLLECTIVES = ('auto', 'mpi', 'staged', 'nccl')
 WEIGHT_KINDS = ('float32', 'bfloat16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
 KERNELS = ('auto', 'cpu', 'reference')
 
@@ -254,6 +255,8 @@ class RunConfig:
     kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy or CuPy; auto: cpu where there is Numba and no GPU
     activations: str = 'float32'  # bfloat16: rounded before they meet bfloat16 weights
     sinks: int = 0  # first tokens that attention sees besides the context
+    collective: str = 'auto'  # how an all-reduce of GPU memory is carried: see collectives.py
+    share_gpu: bool = False  # several ranks may compute on one GPU
 
     def __post_init__(self):
         for name, low, high in (('chunk', 1, 1 << 16), ('block', 1, 1 << 16)):
@@ -267,7 +270,7 @@ class RunConfig:
         if self.sinks and self.context is None:
             raise ConfigError(f'sinks is {self.sinks}; they need a context that rolls (--context N)')
         for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS), ('activations', KV_DTYPES),
-                            ('weights', (None, *WEIGHT_KINDS))):
+                            ('collective', COLLECTIVES), ('weights', (None, *WEIGHT_KINDS))):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')
 

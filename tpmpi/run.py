@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpmpi import api, session
 from tpmpi.comm import Communicator
-from tpmpi.config import KERNELS, WEIGHT_KINDS
+from tpmpi.config import COLLECTIVES, KERNELS, WEIGHT_KINDS
 
 DEMO_PROMPT = 'The LORD is my shepherd'
 log = logging.getLogger('tpmpi')
@@ -57,6 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--kernels', default='auto', choices=KERNELS, help='cpu: compiled by Numba; reference: NumPy or CuPy')
     p.add_argument('--chunk', type=int, default=512, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
+    p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go: mpi takes it as it '
+                   'is, staged by a host buffer, nccl by NCCL (default: mpi where the library says that it can, else staged)')
+    p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
     p.add_argument('--json', action='store_true', help='one JSON object instead of text')
@@ -166,7 +169,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
                    chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
-                   activations=options.activations, session=s, tracing=options.trace)
+                   activations=options.activations, collective=options.collective, share_gpu=options.share_gpu, session=s,
+                   tracing=options.trace)
     first, config = s.comm.rank == 0, llm.config
     log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',
              options.model or 'bundled model', config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,

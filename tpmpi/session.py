@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tpmpi import comm as mpi
-from tpmpi import launch
+from tpmpi import device, launch
 from tpmpi.watch import Watch
 
 FAILED, USAGE = 1, 2  # exit codes
@@ -43,7 +43,7 @@ class Session:
         try:
             result = function(*arguments, **options)
         except (ValueError, OSError, MemoryError, ImportError) as e:
-            error = e
+            error = device.in_words(e)
         self.comm.agree(error)
         return result
 
@@ -118,7 +118,7 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
             print(f'tpmpi: {e}', file=sys.stderr, flush=True)
         code = FAILED
     except BaseException as e:
-        session.watch.failed(e)
+        session.watch.failed(device.in_words(e))
         raise
     session.watch.close()
     return code

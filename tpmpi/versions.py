@@ -61,7 +61,10 @@ def gpu() -> str:
     """What CuPy sees, or why it sees nothing."""
     if importlib.util.find_spec('cupy') is None:
         return 'CuPy not installed'
-    import cupy
+    try:
+        import cupy
+    except Exception as e:  # built for another CUDA, or a library of it is missing
+        return f'CuPy cannot be imported ({" ".join(str(e).split())})'
     try:
         count = cupy.cuda.runtime.getDeviceCount()
         names = {cupy.cuda.runtime.getDeviceProperties(i)['name'].decode() for i in range(count)}
