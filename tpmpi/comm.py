@@ -59,13 +59,12 @@ class Communicator:
         if x.dtype != 'float32' or not x.flags.c_contiguous:
             raise TypeError(f'all_reduce of {x.dtype}, C-contiguous: {x.flags.c_contiguous}; expected C-contiguous float32')
         start = self._begin()
-        if self.size > 1:
-            if not hasattr(type(x), '__cuda_array_interface__'):  # asked of the type: a device array may have work in flight
-                self._sum(x)
-            elif self.carrier is None:
+        if not hasattr(type(x), '__cuda_array_interface__'):  # asked of the type: a device array may have work in flight
+            self._sum(x)
+        elif self.size > 1:
+            if self.carrier is None:
                 raise TypeError('all_reduce of device memory without a carrier; see collectives.py')
-            else:
-                self.carrier.sum(x, self._sum)
+            self.carrier.sum(x, self._sum)
         self._count('all_reduce', x.nbytes, start)
 
     def _sum(self, x) -> None:
