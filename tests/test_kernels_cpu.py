@@ -119,6 +119,16 @@ def test_what_is_not_a_number_stays_visible(kind):
         np.testing.assert_allclose(np.delete(y, 4, axis=0), 64, rtol=2e-3)
 
 
+@pytest.mark.parametrize('kind', ['rms', 'layer'])
+def test_sum_and_norm(kind):
+    rng = np.random.default_rng(4)
+    x, part, gain, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 70), (3, 70), (70,), (70,)))
+    bias, mine = bias if kind == 'layer' else None, part.copy()
+    found, expected = ops.added_norm(x, mine, kind, gain, bias, 1e-5), reference.added_norm(x, part, kind, gain, bias, 1e-5)
+    np.testing.assert_array_equal(mine, part)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 def test_weights_without_rows_or_columns():
     for kind in WEIGHT_KINDS:
         np.testing.assert_array_equal(ops.linear(np.empty((3, 0), np.float32), ops.new_weight(0, 64, True, kind, 'W^B')), 0)

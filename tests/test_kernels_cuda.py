@@ -72,6 +72,21 @@ def test_linear_is_the_product(xp, kind, transposed, inputs, outputs, tokens, pi
 
 
 @pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('tokens', [1, 3, 8, 11, 40])
+def test_gated_products(ops, xp, kind, tokens):
+    stored, x = encode(random(1, 2 * 37, 96), kind), random(2, tokens, 96)
+    found = ops.gated_linear(xp.asarray(x), pack(ops, stored, 1), 'silu').get()
+    expected = reference.gated_activation(x.astype(np.float64) @ decode(stored).T.astype(np.float64), 'silu')
+    assert found.shape == (tokens, 37) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-3)
+    assert ops.gated_linear(xp.asarray(x), ops.new_weight(0, 96, False, kind, 'W^C'), 'silu').shape == (tokens, 0)
+    parts = [pack(ops, encode(random(seed, 37, 96), k), 1) for seed, k in ((3, kind), (4, 'bfloat16'))]
+    mixed = ops.gated_linear(xp.asarray(x), ops.join(parts), 'silu').get()
+    alone = ops.gated_activation(xp.concatenate([ops.linear(xp.asarray(x), part) for part in parts], axis=1), 'silu').get()
+    np.testing.assert_array_equal(mixed, alone)
+
+
+@pytest.mark.parametrize('kind', WEIGHT_KINDS)
 def test_a_row_and_an_output_have_the_same_bits_among_any_others(ops, xp, kind):
     values, x = random(1, 21, 96), random(2, 32, 96)
     whole = ops.linear(xp.asarray(x), pack(ops, encode(values, kind), 1)).get()
@@ -143,6 +158,19 @@ def test_norms(ops, xp, tokens, hidden, bias, seed):
     on_device = [None if a is None else xp.asarray(a) for a in (x, gain, shift)]
     np.testing.assert_allclose(ops.rms_norm(*on_device[:2], 1e-5).get(), reference.rms_norm(x, gain, 1e-5), atol=2e-5)
     np.testing.assert_allclose(ops.layer_norm(*on_device, 1e-5).get(), reference.layer_norm(x, gain, shift, 1e-5), atol=2e-4)
+
+
+@SMALL
+@given(tokens=st.integers(1, 4), hidden=st.integers(1, 600), kind=st.sampled_from(['rms', 'layer']), bias=st.booleans(),
+       seed=st.integers(0, 9))
+def test_sum_and_norm(ops, xp, tokens, hidden, kind, bias, seed):
+    x, part, gain = random(seed, tokens, hidden), random(seed + 1, tokens, hidden) + 1, random(seed + 2, hidden)
+    shift = random(seed + 3, hidden) if bias and kind == 'layer' else None
+    total = xp.asarray(part)
+    found = ops.added_norm(xp.asarray(x), total, kind, *(None if a is None else xp.asarray(a) for a in (gain, shift)), 1e-5)
+    expected = reference.added_norm(x, part, kind, gain, shift, 1e-5)
+    np.testing.assert_array_equal(total.get(), part)
+    np.testing.assert_allclose(found.get(), expected, atol=2e-4)
 
 
 @SMALL

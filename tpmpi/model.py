@@ -49,38 +49,40 @@ def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
         x *= np.float32(config.embedding_multiplier)
     ropes = [ops.rope_table(step.positions, step.lengths if rope.by_length else None, rope) for rope in model.ropes]
     block = parallel_layer if config.parallel_block else decoder_layer
+    a = norm(x, model.first_norm, config, ops)  # A  [tokens, hidden]
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x = block(x, layer, layer_cache, step, None if layer.rope is None else ropes[layer.rope], model, ops, comm)
-    return norm(x, model.final_norm, config, ops)
+        rope = None if layer.rope is None else ropes[layer.rope]
+        x, a = block(x, a, layer, layer_cache, step, rope, model, ops, comm)
+    return a
 
 
-def decoder_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
-    """One transformer layer on this rank's shard.  x: [tokens, hidden], the same on every rank, before and after."""
+def decoder_layer(x, a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
+    """One transformer layer on this rank's shard.  x, and A, its norm: [tokens, hidden], the same on every rank.
+
+    Returns x behind the layer, and its norm: the next layer's A.
+    """
     config = model.config
-    a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
     c = attention(a, layer, cache, step, rope, model, ops, comm)  # C, this rank's part
     comm.all_reduce(c)  # C, whole
     c = biased(c, layer.attn_out.bias)
-    x = added(x, norm(c, layer.attn_post_norm, config, ops), config)
-    a = norm(x, layer.mlp_norm, config, ops)  # [tokens, hidden]
+    x, a = added(x, norm(c, layer.attn_post_norm, config, ops), layer.mlp_norm, config, ops)
     if isinstance(layer.mlp, Experts):
         e = mixture(a, layer.mlp, config, ops, comm)  # E, whole
     else:
         e = mlp(a, layer.mlp, config, ops)  # E, this rank's part
         comm.all_reduce(e)  # E, whole
         e = biased(e, layer.mlp.down.bias)
-    return added(x, norm(e, layer.mlp_post_norm, config, ops), config)
+    return added(x, norm(e, layer.mlp_post_norm, config, ops), layer.next_norm, config, ops)
 
 
-def parallel_layer(x, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
+def parallel_layer(x, a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
     """A layer whose attention and MLP read the same x: C and E are summed first, and one all-reduce serves both."""
     config = model.config
-    a = norm(x, layer.attn_norm, config, ops)  # A  [tokens, hidden]
     c = attention(a, layer, cache, step, rope, model, ops, comm)  # C, this rank's part
     e = mlp(norm(x, layer.mlp_norm, config, ops) if layer.mlp_norm else a, layer.mlp, config, ops)  # E, this rank's part
     c += e
     comm.all_reduce(c)  # C + E, whole
-    return added(x, biased(biased(c, layer.attn_out.bias), layer.mlp.down.bias), config)
+    return added(x, biased(biased(c, layer.attn_out.bias), layer.mlp.down.bias), layer.next_norm, config, ops)
 
 
 def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
@@ -121,11 +123,11 @@ def qk_norm(qkv, layer: LayerShard, model: ModelShard, ops, comm) -> None:
 
 def mlp(a, weights: MLP, config: ModelConfig, ops):
     """This rank's ffn columns.  [tokens, hidden] -> [tokens, hidden], a part of the sum E."""
-    d = biased(ops.linear(a, weights.up.weight), weights.up.bias)  # through W^C
-    if config.gated:
-        d = ops.gated_activation(d, config.activation)  # D  [tokens, ffn/n]
+    if config.gated and weights.up.bias is None:
+        d = ops.gated_linear(a, weights.up.weight, config.activation)  # D  [tokens, ffn/n], through W^C
     else:
-        d = ops.activate(d, config.activation)  # D  [tokens, ffn/n]
+        d = biased(ops.linear(a, weights.up.weight), weights.up.bias)  # through W^C
+        d = (ops.gated_activation if config.gated else ops.activate)(d, config.activation)  # D  [tokens, ffn/n]
     return ops.linear(d, weights.down.weight)  # E, partial
 
 
@@ -171,13 +173,15 @@ def biased(y, bias):
     return y
 
 
-def added(x, part, config: ModelConfig):
-    """The residual sum, in place of `part`: a new array for it would take longer than the sum."""
+def added(x, part, weights: Norm | None, config: ModelConfig, ops):
+    """The residual sum, in place of `part`, and its norm: a new array for the sum would take longer than the sum."""
     if config.residual_multiplier != 1:
         part *= np.float32(config.residual_multiplier)
+    if config.residual and weights is not None:
+        return part, ops.added_norm(x, part, config.norm, weights.gain, weights.bias, config.norm_eps)
     if config.residual:
         part += x
-    return part
+    return part, norm(part, weights, config, ops)
 
 
 def norm(x, weights: Norm | None, config: ModelConfig, ops):

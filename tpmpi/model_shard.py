@@ -60,7 +60,6 @@ class Experts:
 class LayerShard:
     """One layer's weights on this rank, and how it looks back."""
 
-    attn_norm: Norm | None
     qkv: Dense  # W^Q, W^K, W^V side by side  [hidden] -> [(heads + 2 kv_heads)/n * head_dim]
     q_norm: Norm | None  # [heads/n * head_dim]
     k_norm: Norm | None  # [kv_heads/n * head_dim]
@@ -69,6 +68,7 @@ class LayerShard:
     mlp_norm: Norm | None
     mlp: MLP | Experts
     mlp_post_norm: Norm | None
+    next_norm: Norm | None  # of the layer that follows, before its attention, or of the head
     rope: int | None  # which of the model's
     window: int | None  # positions that attention sees, at most: the model's window, or a shorter one that the run chose
     sinks: int  # first tokens that it sees besides
@@ -93,8 +93,8 @@ class ModelShard:
     embedding: Weight  # this rank's rows of the vocabulary
     position_embedding: Weight | None  # this rank's rows of it
     positions: range  # which these are
+    first_norm: Norm | None  # before the first layer's attention
     layers: tuple[LayerShard, ...]
-    final_norm: Norm | None
     head: Dense  # the embedding itself where they are tied
     ropes: tuple[Rope, ...]
     query_groups: tuple[range, ...]  # for each KV head held here, the query heads of this rank that read it
@@ -208,12 +208,13 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
     for i in range(config.num_layers):
         at = f'layers/{i}/'
         layers.append(LayerShard(
-            norm_of(at + 'attn_norm'), dense(at + 'q', at + 'k', at + 'v'), norm_of(at + 'q_norm'), norm_of(at + 'k_norm'),
+            dense(at + 'q', at + 'k', at + 'v'), norm_of(at + 'q_norm'), norm_of(at + 'k_norm'),
             dense(at + 'attn_out'), norm_of(at + 'attn_post_norm'), norm_of(at + 'mlp_norm'),
             experts_of(at) if config.has_experts(i) else mlp_of(at), norm_of(at + 'mlp_post_norm'),
+            norm_of('final_norm' if i + 1 == config.num_layers else f'layers/{i + 1}/attn_norm'),
             None if config.layer_rope(i) is None else ropes.index(config.layer_rope(i)), *views[i], group_of[i]))
     positions = rank_rows(specs['position_embedding'], shard) if config.learned_positions else range(0)
     return ModelShard(config, shard, embedding, matrix('position_embedding') if config.learned_positions else None, positions,
-                      tuple(layers), norm_of('final_norm'),
+                      norm_of('layers/0/attn_norm'), tuple(layers),
                       Dense(embedding if config.tie_embeddings else matrix('head'), vector('head_bias')), ropes,
                       shard.query_groups(config), groups)

@@ -72,6 +72,9 @@ class _TracedOps:
     def layer_norm(self, x, gain, bias, eps):
         return self._tracer.timed('A', self._ops.layer_norm, (x, gain, bias, eps), x.nbytes)
 
+    def added_norm(self, x, part, *arguments):
+        return self._tracer.timed('A', self._ops.added_norm, (x, part, *arguments), x.nbytes + part.nbytes)
+
     def rope_table(self, positions, lengths, rope):
         return self._tracer.timed('Q', self._ops.rope_table, (positions, lengths, rope), is_result=False)
 
@@ -105,6 +108,9 @@ class _TracedOps:
 
     def gated_activation(self, gate_up, kind):
         return self._tracer.timed('D', self._ops.gated_activation, (gate_up, kind))
+
+    def gated_linear(self, x, weight, kind):
+        return self._tracer.timed('D', self._ops.gated_linear, (x, weight, kind), weight.nbytes)
 
     def activate(self, x, kind):
         return self._tracer.timed('D', self._ops.activate, (x, kind))

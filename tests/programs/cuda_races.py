@@ -24,8 +24,10 @@ def products(ops):
     for kind in WEIGHT_KINDS:
         weight = ops.new_weight(5, 64, False, kind, 'W')
         ops.fill(weight, 0, encode(numbers(5, 64).get(), kind))
+        even = ops.new_weight(6, 64, False, kind, 'W')
         for rows in (1, 2, 4, 9, FEW_ROWS + 1):
             ops.linear(numbers(rows, 64), weight)
+            ops.gated_linear(numbers(rows, 64), even, 'silu')
         ops.embed(np.array([1, 9]), weight, range(5))
         up, down = ops.new_experts(2, 64, 64, False, kind, 'W'), ops.new_experts(2, 32, 64, True, kind, 'W')
         choice = cupy.asarray(np.array([[0, 1]]))
@@ -35,6 +37,7 @@ def products(ops):
 def rows(ops):
     x, gain = numbers(2, 70), numbers(70)
     ops.rms_norm(x, gain, 1e-5)
+    ops.added_norm(x, numbers(2, 70), 'layer', gain, gain, 1e-5)
     ops.layer_norm(x, gain, gain, 1e-5)
     ops.norm_heads(x, 2, 35, 'layer', gain, gain, 1e-5)
     ops.head_squares(x, (range(70), range(3, 9)))

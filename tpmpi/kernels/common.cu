@@ -58,3 +58,13 @@ __device__ __forceinline__ float cached(float x) { return x; }
 __device__ __forceinline__ float cached(u16 x) { return from_bfloat16(x); }
 __device__ __forceinline__ void store(float* at, float x) { *at = x; }
 __device__ __forceinline__ void store(u16* at, float x) { *at = to_bfloat16(x); }
+
+enum { IDENTITY, SILU, RELU, GELU, GELU_TANH };
+
+__device__ __forceinline__ float activation(float x, int kind) {
+    if (kind == SILU) return x / (1.0f + expf(-x));  // exp may reach infinity, and x / infinity is the right 0
+    if (kind == RELU) return fmaxf(x, 0.0f);
+    if (kind == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    if (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    return x;
+}

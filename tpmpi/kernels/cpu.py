@@ -120,6 +120,11 @@ class Kernels:
         elementwise.layer_norm(x, gain, NOTHING if bias is None else bias, eps, y)
         return y
 
+    def added_norm(self, x, part, kind: str, gain, bias, eps: float):
+        """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
+        part += x
+        return self.layer_norm(part, gain, bias, eps) if kind == 'layer' else self.rms_norm(part, gain, eps)
+
     @staticmethod
     def norm_heads(qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
         """Each of the first `heads` heads of the fused projection, or a run of its columns, through a norm, in place."""
@@ -207,6 +212,10 @@ class Kernels:
         y = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
         elementwise.gated_activation(gate_up, elementwise.ACTIVATIONS[kind], y)
         return y
+
+    def gated_linear(self, x, weight: Weight, kind: str):
+        """gated_activation of x · W.  [tokens, in] -> [tokens, out / 2]"""
+        return self.gated_activation(self.linear(x, weight), kind)
 
     # ---- a mixture of experts
 

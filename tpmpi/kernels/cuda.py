@@ -55,8 +55,9 @@ def _entries(name: str) -> list[str]:
     if name == 'products':
         w, y = 'const unsigned char* w, int row_bytes', 'float* y'
         for kind, struct in KINDS.items():
-            found += [entry(f'multiply_{kind}_{rows}', f'multiply<{struct}, {rows}>',
-                            f'const float* x, int rows, int k, {w}, int outputs, {y}') for rows in ROWS_AT_ONCE]
+            found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply<{struct}, {rows}, {str(bool(gated)).lower()}>',
+                            f'const float* x, int rows, int k, {w}, int outputs, int kind, {y}')
+                      for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
             found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
                                f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
             found.append(entry(f'embed_{kind}', f'embed<{struct}>',
@@ -166,6 +167,13 @@ class Kernels:
                      np.float32(eps), shared=4 * 256 // 32)
         return y
 
+    def added_norm(self, x, part, kind: str, gain, bias, eps: float):
+        """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
+        y = self.xp.empty_like(part)
+        self._launch('elementwise', 'added_norm_rows', (len(x),), 256, x, part, gain, bias, y, np.int32(x.shape[1]),
+                     np.int32(kind == 'layer'), np.float32(eps), shared=4 * 256 // 32)
+        return y
+
     def norm_heads(self, qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
         """Each of the first `heads` heads of the fused projection, or a run of its columns, through a norm, in place."""
         if heads:
@@ -215,18 +223,31 @@ class Kernels:
         """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
         if weight.kind == 'mixed':
             return self.xp.concatenate([self.linear(x, part) for part in weight.data], axis=1)
-        rows, k, outputs = len(x), weight.in_features, weight.out_features
-        y = self.xp.empty((rows, outputs), self.xp.float32)
-        if k == 0:  # a rank without heads adds nothing
+        y = self.xp.empty((len(x), weight.out_features), self.xp.float32)
+        if weight.in_features == 0:  # a rank without heads adds nothing
             y.fill(0)
-        elif outputs and rows <= FEW_ROWS:
-            each = next(n for n in ROWS_AT_ONCE if n >= min(rows, ROWS_AT_ONCE[-1]))
-            grid = -(-outputs // OUTPUTS_PER_BLOCK), -(-rows // each)
-            self._launch('products', f'multiply_{weight.kind}_{each}', grid, THREADS, x, np.int32(rows), np.int32(k),
-                         weight.data, np.int32(weight.data.shape[1]), np.int32(outputs), y)
-        elif outputs:
+        elif weight.out_features and len(x) <= FEW_ROWS:
+            self._few_rows('', x, weight, 0, y)
+        elif weight.out_features:
             self._many_rows(x, weight, y)
         return y
+
+    def gated_linear(self, x, weight: Weight, kind: str):
+        """gated_activation of x · W.  [tokens, in] -> [tokens, out / 2]"""
+        if weight.kind == 'mixed' or len(x) > FEW_ROWS:
+            return self.gated_activation(self.linear(x, weight), kind)
+        y = self.xp.empty((len(x), weight.out_features // 2), self.xp.float32)
+        if weight.out_features:
+            self._few_rows('gated_', x, weight, ACTIVATIONS[kind], y)
+        return y
+
+    def _few_rows(self, gated: str, x, weight: Weight, activation: int, y) -> None:
+        """y = x · W, or the gated activation of it, by the kernel that reads W as it is packed."""
+        each = next(n for n in ROWS_AT_ONCE if n >= min(len(x), ROWS_AT_ONCE[-1]))
+        grid = -(-weight.out_features // OUTPUTS_PER_BLOCK), -(-len(x) // each)
+        self._launch('products', f'multiply_{gated}{weight.kind}_{each}', grid, THREADS, x, np.int32(len(x)),
+                     np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[1]), np.int32(weight.out_features),
+                     np.int32(activation), y)
 
     def _many_rows(self, x, weight: Weight, y) -> None:
         """y = x · W by cuBLAS."""

@@ -26,6 +26,15 @@ extern "C" __global__ void norm_rows(const float* x, const float* gain, const fl
     norm_row(x + row, gain, bias, y + row, n, centred, eps, parts);
 }
 
+// part += x, and the norm of it.
+extern "C" __global__ void added_norm_rows(const float* x, float* part, const float* gain, const float* bias, float* y, int n,
+                                           int centred, float eps) {
+    DYNAMIC_SHARED(float, parts);
+    const size_t row = (size_t)blockIdx.x * n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) part[row + i] += x[row + i];  // each thread reads its own again
+    norm_row(part + row, gain, bias, y + row, n, centred, eps, parts);
+}
+
 // Each head of blockIdx.x's row through a norm of its own, in place.  stride: from a row to the next, in numbers
 extern "C" __global__ void norm_heads(float* x, long long stride, int head_dim, const float* gain, const float* bias, int centred,
                                       float eps) {
@@ -49,16 +58,6 @@ extern "C" __global__ void head_squares(const float* x, long long stride, int fi
 extern "C" __global__ void scale_columns(float* x, long long stride, int first, int count, const float* factor, const float* gain) {
     float* row = x + blockIdx.x * stride + first;
     for (int i = threadIdx.x; i < count; i += blockDim.x) row[i] *= factor[blockIdx.x] * gain[i];
-}
-
-enum { IDENTITY, SILU, RELU, GELU, GELU_TANH };
-
-__device__ __forceinline__ float activation(float x, int kind) {
-    if (kind == SILU) return x / (1.0f + expf(-x));  // exp may reach infinity, and x / infinity is the right 0
-    if (kind == RELU) return fmaxf(x, 0.0f);
-    if (kind == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    if (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    return x;
 }
 
 extern "C" __global__ void activate(const float* x, float* y, long long count, int kind) {

@@ -89,11 +89,14 @@ __device__ __forceinline__ int weight_bytes(int k) {  // of a row, before its sc
 }
 
 // ROWS rows of x at once, from row blockIdx.y * ROWS on; blockDim: 32 times the warps.
-template <class Kind, int ROWS>
-__device__ void multiply(const float* x, int rows, int k, const u8* w, int row_bytes, int outputs, float* y) {
-    const int lane = threadIdx.x % WARP, first = 2 * (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
-    if (first >= outputs) return;
-    const int second = first + 1 < outputs ? first + 1 : first, from = blockIdx.y * ROWS, end = weight_bytes<Kind>(k);
+// GATED: gate and up lie side by side, a warp computes one of either, and y is activation(gate) * up  [rows, outputs / 2]
+template <class Kind, int ROWS, bool GATED>
+__device__ void multiply(const float* x, int rows, int k, const u8* w, int row_bytes, int outputs, int kind, float* y) {
+    const int lane = threadIdx.x % WARP, warp = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    const int half = outputs / 2, first = GATED ? warp : 2 * warp;
+    if (first >= (GATED ? half : outputs)) return;
+    const int second = GATED ? first + half : first + 1 < outputs ? first + 1 : first;
+    const int from = blockIdx.y * ROWS, end = weight_bytes<Kind>(k);
     const u8 *a = w + (size_t)first * row_bytes, *b = w + (size_t)second * row_bytes;
     const u16 *a_groups = reinterpret_cast<const u16*>(a + end), *b_groups = reinterpret_cast<const u16*>(b + end);
     float a_sum[ROWS], b_sum[ROWS], part[Kind::VALUES];
@@ -113,7 +116,10 @@ __device__ void multiply(const float* x, int rows, int k, const u8* w, int row_b
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const float a_total = warp_sum(a_sum[r]), b_total = warp_sum(b_sum[r]);
-        if (lane == 0 && from + r < rows) {
+        if (lane != 0 || from + r >= rows) continue;
+        if (GATED) {
+            y[(size_t)(from + r) * half + first] = activation(a_total, kind) * b_total;
+        } else {
             y[(size_t)(from + r) * outputs + first] = a_total;
             if (second != first) y[(size_t)(from + r) * outputs + second] = b_total;
         }

@@ -107,6 +107,12 @@ def layer_norm(x, gain, bias, eps: float):
     return y if bias is None else y + bias
 
 
+def added_norm(x, part, kind: str, gain, bias, eps: float):
+    """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
+    part += x
+    return layer_norm(part, gain, bias, eps) if kind == 'layer' else rms_norm(part, gain, eps)
+
+
 def norm_heads(qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
     """Each of the first `heads` heads of the fused projection through a norm of its own, in place.
 
@@ -280,6 +286,11 @@ def gated_activation(gate_up, kind: str):
     """activation(gate) * up.  [tokens, 2 ffn/n] -> [tokens, ffn/n]   (Shazeer 2020)"""
     ffn = gate_up.shape[-1] // 2
     return activate(gate_up[:, :ffn], kind) * gate_up[:, ffn:]
+
+
+def gated_linear(x, weight: Weight, kind: str):
+    """gated_activation of x · W.  [tokens, in] -> [tokens, out / 2]"""
+    return gated_activation(linear(x, weight), kind)
 
 
 def sigmoid(x):
