@@ -27,6 +27,8 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
         sums = reports[name]['to_host']
         assert sums == 0 if collective == 'mpi' or size == 1 else sums >= 1 + config.num_layers
         assert config.num_experts or reports[name]['hidden'] == {}
+    config = models['nine_heads'][1]
+    assert sum(reports['nine_heads']['launches'].values()) == 8 * config.num_layers + 3  # embedding, RoPE's table, first norm
 
 
 @pytest.mark.gpu
