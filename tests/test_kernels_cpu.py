@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import pack, ring_steps
 from ranks import environment, run_ranks
 
 pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
@@ -24,7 +25,7 @@ from tpmpi.kernels import jit, reference
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.kernels.elementwise import ACTIVATIONS
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
-from tpmpi.weights import WEIGHT_KINDS, Stored, decode, encode
+from tpmpi.weights import WEIGHT_KINDS, decode, encode
 
 SMALL = settings(max_examples=60, deadline=None)
 ops = Kernels()
@@ -53,21 +54,6 @@ def test_a_model_compiles_what_it_needs_and_nothing_else():
     assert len(ops.needed(mixture, ['int8'], 'float32')) == len(names[0]) + 4
 
 
-def pack(stored: Stored, pieces: int):
-    """A packed weight, filled piece by piece as the loader does."""
-    rows, transposed = len(stored.data), stored.group_axis == 0
-    weight = ops.new_weight(rows, stored.shape[1], transposed, stored.kind, 'W')
-    unit = 32 if transposed else 1
-    for part in np.array_split(np.arange(-(-rows // unit)), pieces):
-        if len(part):
-            first, last = int(part[0]) * unit, min(rows, (int(part[-1]) + 1) * unit)
-            cut = slice(first, last)
-            groups = slice(first // 32, last // 32) if transposed else cut
-            ops.fill(weight, first, Stored(stored.kind, stored.data[cut], *(None if p is None else p[groups] for p in (
-                stored.scale, stored.offset)), group_axis=stored.group_axis))
-    return weight
-
-
 @SMALL
 @given(kind=st.sampled_from(WEIGHT_KINDS), transposed=st.booleans(), inputs=st.integers(1, 70), outputs=st.integers(1, 150),
        tokens=st.integers(1, 20), pieces=st.integers(1, 3), seed=st.integers(0, 9))
@@ -81,7 +67,7 @@ def test_linear_is_the_product(kind, transposed, inputs, outputs, tokens, pieces
     w = decode(stored).astype(np.float64)
     w = w if transposed else w.T
     x = (rng.standard_normal((tokens, inputs)) * 10 ** rng.uniform(-3, 3)).astype(np.float32)
-    y = ops.linear(x, pack(stored, pieces))
+    y = ops.linear(x, pack(ops, stored, pieces))
     assert y.shape == (tokens, outputs) and y.dtype == np.float32 and y.flags.c_contiguous
     size = np.abs(x.astype(np.float64)) @ np.abs(w)
     assert (np.abs(y - x.astype(np.float64) @ w) <= TOLERANCE[kind] * size).all()
@@ -91,7 +77,7 @@ def test_linear_is_the_product(kind, transposed, inputs, outputs, tokens, pieces
 @pytest.mark.parametrize(('inputs', 'outputs'), [(32, 5), (96, 100), (2080, 210), (1056, 64)])
 def test_a_row_has_the_same_bits_with_any_number_of_others(kind, inputs, outputs):
     rng = np.random.default_rng(1)
-    weight = pack(encode(rng.standard_normal((outputs, inputs)).astype(np.float32), kind), 1)
+    weight = pack(ops, encode(rng.standard_normal((outputs, inputs)).astype(np.float32), kind), 1)
     x = rng.standard_normal((43, inputs)).astype(np.float32)
     whole = ops.linear(x, weight)
     for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 18):
@@ -103,14 +89,14 @@ def test_an_output_has_the_same_bits_beside_any_others(kind):
     """So a rank's columns are what one rank alone computes."""
     rng = np.random.default_rng(2)
     values, x = rng.standard_normal((230, 64)).astype(np.float32), rng.standard_normal((3, 64)).astype(np.float32)
-    whole = ops.linear(x, pack(encode(values, kind), 1))
+    whole = ops.linear(x, pack(ops, encode(values, kind), 1))
     for first, last in ((0, 1), (7, 90), (100, 230)):
-        np.testing.assert_array_equal(ops.linear(x, pack(encode(values[first:last], kind), 1)), whole[:, first:last])
+        np.testing.assert_array_equal(ops.linear(x, pack(ops, encode(values[first:last], kind), 1)), whole[:, first:last])
 
 
 @pytest.mark.parametrize('kind', WEIGHT_KINDS)
 def test_what_is_not_a_number_stays_visible(kind):
-    weight = pack(encode(np.ones((40, 64), np.float32), kind), 1)
+    weight = pack(ops, encode(np.ones((40, 64), np.float32), kind), 1)
     for bad in (np.nan, np.inf, -np.inf):
         x = np.ones((9, 64), np.float32)
         x[4, 5] = bad
@@ -139,10 +125,10 @@ def test_weights_of_different_kinds_side_by_side():
     rng = np.random.default_rng(3)
     parts = [encode(rng.standard_normal((rows, 64)).astype(np.float32), kind) for rows, kind in ((20, 'int4'), (9, 'float32'))]
     x = rng.standard_normal((2, 64)).astype(np.float32)
-    joined = ops.join([pack(part, 1) for part in parts])
+    joined = ops.join([pack(ops, part, 1) for part in parts])
     expected = x @ np.concatenate([decode(part) for part in parts]).T
     np.testing.assert_allclose(ops.linear(x, joined), expected, atol=1e-3)
-    assert joined.nbytes == sum(pack(part, 1).nbytes for part in parts)
+    assert joined.nbytes == sum(pack(ops, part, 1).nbytes for part in parts)
 
 
 def test_rounded_activations_are_bfloat16_values():
@@ -150,7 +136,7 @@ def test_rounded_activations_are_bfloat16_values():
     rounding, x = Kernels(activations='bfloat16'), np.full((1, 32), 1 + 2 ** -8, np.float32)
     x[0, 1] = 1 + 3 * 2 ** -8
     for kind, expected in (('bfloat16', [1, 1 + 2 ** -6]), ('float32', x[0, :2])):
-        weight = pack(encode(np.eye(32, dtype=np.float32), kind), 1)
+        weight = pack(ops, encode(np.eye(32, dtype=np.float32), kind), 1)
         np.testing.assert_array_equal(rounding.linear(x, weight)[0, :2], np.float32(expected))
 
 
@@ -164,7 +150,7 @@ def test_embedding_gives_each_rank_its_rows_and_zeros(kind, first, rows, seed):
     for i, token in enumerate(tokens):
         if first <= token < first + rows:
             expected[i] = decode(table)[token - first]
-    np.testing.assert_array_equal(ops.embed(tokens, pack(table, 1), range(first, first + rows)), expected)
+    np.testing.assert_array_equal(ops.embed(tokens, pack(ops, table, 1), range(first, first + rows)), expected)
 
 
 @pytest.mark.parametrize('size', [1, 15, 16, 100, 576])
@@ -261,14 +247,9 @@ def test_attention_is_that_of_the_reference_kernels_in_every_ring(
     pinned = pinned_blocks(sinks, block)
     ring = Ring(np.arange(count) if contiguous else np.array(blocks[:count], np.int64), block, pinned)
     caches = [LayerCache(*kernels.new_cache(kv_heads, 6 * block, dim, kv)) for kernels in (reference, ops)]
-    groups, heads, position = tuple(range(i * group, (i + 1) * group) for i in range(kv_heads)), kv_heads * group, 0
-    room = ring.capacity - pinned * block
-    for step in steps:
-        step, seen = min(step, ring.capacity), window
-        if position + step > (room if sinks else ring.capacity):  # a wrapped ring holds window + step - 1 positions
-            step = min(step, -(-room // 2))
-            seen = min(window or room, room - step + 1)
-        segment = ring.segment(0, position, step)
+    groups, heads = tuple(range(i * group, (i + 1) * group) for i in range(kv_heads)), kv_heads * group
+    for segment, seen in ring_steps(ring, steps, window, sinks):
+        position, step = segment.start, len(segment.slots)
         qkv = rng.standard_normal((step, (heads + 2 * kv_heads) * dim)).astype(np.float32)
         rope = Rope(1e4, dim // turned // 2 * 2) if turned else None
         positions = np.arange(position, position + step)
@@ -278,7 +259,6 @@ def test_attention_is_that_of_the_reference_kernels_in_every_ring(
             q = np.ascontiguousarray(kernels.rope_append(qkv, heads, dim, table, cache, segment.slots))
             found.append(kernels.attend(q, cache, groups, (segment,), seen, scale, cap, sinks))
         np.testing.assert_allclose(found[1], found[0], atol=4e-6 if kv == 'float32' else 2e-2)
-        position += step
 
 
 def test_attention_of_a_row_has_the_same_bits_alone_and_in_a_chunk():

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import pack, ring_steps
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
 from tpmpi.kernels.cuda import ITEMS, KEYS, SPLIT, Kernels
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
-from tpmpi.weights import WEIGHT_KINDS, Stored, decode, encode
+from tpmpi.weights import WEIGHT_KINDS, decode, encode
 
 SMALL = settings(max_examples=40, deadline=None)
 FLOAT32 = 2e-6  # of a sum of float32, beside the sum of its terms' magnitudes
@@ -27,20 +28,6 @@ def xp(request):
 @pytest.fixture(scope='module')
 def ops(xp):
     return Kernels(xp)
-
-
-def pack(ops, stored: Stored, pieces: int):
-    """A packed weight, filled piece by piece as the loader does."""
-    rows, transposed = len(stored.data), stored.group_axis == 0
-    weight = ops.new_weight(rows, stored.shape[1], transposed, stored.kind, 'W')
-    unit = 32 if transposed else 1
-    for part in np.array_split(np.arange(-(-rows // unit)), pieces):
-        if len(part):
-            first, last = int(part[0]) * unit, min(rows, (int(part[-1]) + 1) * unit)
-            groups = slice(first // 32, last // 32) if transposed else slice(first, last)
-            ops.fill(weight, first, Stored(stored.kind, stored.data[first:last], *(None if p is None else p[groups] for p in (
-                stored.scale, stored.offset)), group_axis=stored.group_axis))
-    return weight
 
 
 def random(seed, *shape):
@@ -224,14 +211,9 @@ def test_attention_is_that_of_the_reference_kernels_in_every_ring(
     pinned = pinned_blocks(sinks, block)
     ring = Ring(np.array(blocks[:count], np.int64), block, pinned)
     caches = [LayerCache(*kernels.new_cache(kv_heads, 6 * block, dim, kv)) for kernels in (reference, ops)]
-    groups, heads, position = tuple(range(i * group, (i + 1) * group) for i in range(kv_heads)), kv_heads * group, 0
-    room = ring.capacity - pinned * block
-    for step in steps:
-        step, seen = min(step, ring.capacity), window
-        if position + step > (room if sinks else ring.capacity):  # a wrapped ring holds window + step - 1 positions
-            step = min(step, -(-room // 2))
-            seen = min(window or room, room - step + 1)
-        segment = ring.segment(0, position, step)
+    groups, heads = tuple(range(i * group, (i + 1) * group) for i in range(kv_heads)), kv_heads * group
+    for segment, seen in ring_steps(ring, steps, window, sinks):
+        position, step = segment.start, len(segment.slots)
         qkv = random(seed + position, step, (heads + 2 * kv_heads) * dim)
         rope = Rope(1e4, dim // turned // 2 * 2) if turned else None
         positions = np.arange(position, position + step)
@@ -242,7 +224,6 @@ def test_attention_is_that_of_the_reference_kernels_in_every_ring(
             b = kernels.attend(q, cache, groups, (segment,), seen, 0.2, cap, sinks)
             found.append(b if kernels is reference else b.get())
         np.testing.assert_allclose(found[1], found[0], atol=6e-6 if kv == 'float32' else 2e-2)
-        position += step
 
 
 @pytest.mark.parametrize('kv', ['float32', 'bfloat16'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
@@ -74,6 +75,17 @@ def test_the_warning_before_the_limit_stops_the_job_and_queues_it_again(cluster,
     err = cluster.output(work, number)[1]
     assert 'stopped: ' in err and 'the same command goes on' in err and 0 < finished(work) < COUNT, err
     assert cluster.finish(number)['JobState'] == 'COMPLETED', cluster.output(work, number)[1]
+    check_complete(work)
+
+
+def test_a_launch_that_fails_before_any_rank_speaks_is_tried_once_more(cluster, work):  # noqa: F811
+    """As Slurm's PMI has been seen to fail soon after a requeue."""
+    python = work / 'python'
+    python.write_text(f'#!/bin/sh\n[ -e "$0.ran" ] || {{ sleep 1; touch "$0.ran"; exit 1; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    number = submit(cluster, work, env={'PYTHON': str(python)})
+    job, err = cluster.finish(number), cluster.output(work, number)[1]
+    assert job['JobState'] == 'COMPLETED' and err.count('trying once more') == 1, err
     check_complete(work)
 
 

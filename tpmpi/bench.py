@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--batch', type=int, default=1, metavar='N', help='sequences that are decoded together (default: 1)')
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='rounds, after one to warm up (default: 3)')
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
-    p.add_argument('--kernels', choices=KERNELS, help='cpu: compiled by Numba; reference: NumPy or CuPy')
+    p.add_argument('--kernels', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')
     p.add_argument('--activations', choices=KV_DTYPES, help='bfloat16: round them before they meet bfloat16 weights')
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
     p.add_argument('--chunk', type=int, metavar='N', help='prompt tokens computed at once')

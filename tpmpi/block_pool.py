@@ -104,8 +104,7 @@ class BlockPool:
         if another request had been computed.
         """
         path, node, at = [], root or self.root, 0
-        whole = [[0] for _ in self.groups]  # for each group and length of the path: kept blocks at its end, without a gap
-        best = 0
+        kept, best = [0] * len(self.groups), 0  # blocks at the path's end without a gap; the longest path to go on behind
         while at + self.block <= most:
             child = node.children.get(tuple(tokens[at:at + self.block]))
             if child is None:
@@ -114,9 +113,8 @@ class BlockPool:
                 return path[:best], None, 0, True
             path.append(child)
             node, at = child, at + self.block
-            for group, runs in enumerate(whole):
-                runs.append(runs[-1] + 1 if child.blocks[group] is not None else 0)
-            if self._can_go_on(whole, path, at):
+            kept = [0 if number is None else count + 1 for count, number in zip(kept, child.blocks, strict=True)]
+            if self._can_go_on(kept, path, at):
                 best = len(path)
         rest, choice, common, coming, looked = tuple(tokens[at:min(most, at + self.block)]), None, 0, 0, 0
         for child in reversed(node.children.values()):
@@ -128,13 +126,12 @@ class BlockPool:
             looked += child.computed
             if looked == PARTIAL_CHOICES:
                 break
-        if choice is not None and not self._can_go_on(whole, path, at + common):
+        if choice is not None and not self._can_go_on(kept, path, at + common):
             choice, common = None, 0
         return path if choice is not None else path[:best], choice, common, coming > common + self.block // 4
 
-    def _can_go_on(self, whole: list[list[int]], path: list[Node], position: int) -> bool:
-        """Whether all blocks of the path that a query at `position`, behind it, reads are kept."""
-        count = len(path)
-        return all(runs[-1] >= count - self.first_seen(group, position)
+    def _can_go_on(self, kept: list[int], path: list[Node], position: int) -> bool:
+        """Whether all blocks of the path that a query at `position`, behind it, reads are kept; `kept` of them at its end."""
+        return all(count >= len(path) - self.first_seen(group, position)
                    and all(node.blocks[group] is not None for node in path[:self.pinned(group)])
-                   for group, runs in enumerate(whole))
+                   for group, count in enumerate(kept))

@@ -252,7 +252,7 @@ class RunConfig:
     device: str = 'auto'
     verify: bool = False  # check the file's checksums while loading
     weights: str | None = None  # kind of the matrices in memory; None: as in the file
-    kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy or CuPy; auto: cpu where there is Numba and no GPU
+    kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy; auto: a GPU's own, else cpu where there is Numba
     activations: str = 'float32'  # bfloat16: rounded before they meet bfloat16 weights
     sinks: int = 0  # first tokens that attention sees besides the context
     collective: str = 'auto'  # how an all-reduce of GPU memory is carried: see collectives.py

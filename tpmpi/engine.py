@@ -14,13 +14,12 @@ from time import perf_counter
 import numpy as np
 
 from tpmpi.config import ConfigError, RunConfig
+from tpmpi.footprint import LOGIT_ROWS
 from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks, rings_blocks
 from tpmpi.model import ModelShard, Step, forward, logits
 from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
 from tpmpi.tokenizer import StreamDecoder
-
-LOGIT_ROWS = 32  # prompt positions whose logits exist at once when the prompt is scored
 
 log = logging.getLogger(__name__)
 

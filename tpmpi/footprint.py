@@ -8,7 +8,7 @@ from tpmpi.model_shard import view
 from tpmpi.sharding import Shard, rank_rows, target_kind, tensor_specs
 from tpmpi.weights import part_shapes
 
-LOGIT_ROWS = 32  # as the engine computes at once
+LOGIT_ROWS = 32  # prompt positions whose logits exist at once when the prompt is scored
 LIBRARIES = 256 << 20  # bytes: cuBLAS' workspace, the kernels' code, a run of unpacked weights
 
 

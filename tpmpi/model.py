@@ -87,15 +87,15 @@ def parallel_layer(x, a, layer: LayerShard, cache: LayerCache, step: Step, rope,
 
 def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):
     """This rank's heads.  [tokens, hidden] -> [tokens, hidden], a part of the sum C."""
-    config, heads = model.config, len(model.shard.heads)
+    config, heads, group = model.config, len(model.shard.heads), model.groups[layer.group]
     qkv = biased(ops.linear(a, layer.qkv.weight), layer.qkv.bias)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
     if config.qk_norm != 'none':
         qk_norm(qkv, layer, model, ops, comm)
     q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots[layer.group])  # Q turned; K, V into the ring
     if config.query_growth:
         q *= ops.asarray(grown(step.positions, config))[:, None, None]
-    b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], layer.window, config.scores_scale,
-                   config.attention_softcap, layer.sinks)  # B  [tokens, heads/n * head_dim]
+    b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], group.window, config.scores_scale,
+                   config.attention_softcap, group.sinks)  # B  [tokens, heads/n * head_dim]
     return ops.linear(b, layer.attn_out.weight)  # C, partial
 
 

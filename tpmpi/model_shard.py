@@ -58,7 +58,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class LayerShard:
-    """One layer's weights on this rank, and how it looks back."""
+    """One layer's weights on this rank, and where it belongs."""
 
     qkv: Dense  # W^Q, W^K, W^V side by side  [hidden] -> [(heads + 2 kv_heads)/n * head_dim]
     q_norm: Norm | None  # [heads/n * head_dim]
@@ -70,9 +70,7 @@ class LayerShard:
     mlp_post_norm: Norm | None
     next_norm: Norm | None  # of the layer that follows, before its attention, or of the head
     rope: int | None  # which of the model's
-    window: int | None  # positions that attention sees, at most: the model's window, or a shorter one that the run chose
-    sinks: int  # first tokens that it sees besides
-    group: int  # which of the model's, for the cache
+    group: int  # which of the model's: how far it looks back, and where its part of the cache is
 
     @property
     def matrices(self) -> list[Weight]:
@@ -201,8 +199,7 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
 
     embedding = matrix('embedding')
     ropes = tuple(dict.fromkeys(rope for rope in map(config.layer_rope, range(config.num_layers)) if rope is not None))
-    views = [view(config.layer_window(i), context, sinks) for i in range(config.num_layers)]
-    groups = layer_groups(views)
+    groups = layer_groups([view(config.layer_window(i), context, sinks) for i in range(config.num_layers)])
     group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
     layers = []
     for i in range(config.num_layers):
@@ -212,7 +209,7 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
             dense(at + 'attn_out'), norm_of(at + 'attn_post_norm'), norm_of(at + 'mlp_norm'),
             experts_of(at) if config.has_experts(i) else mlp_of(at), norm_of(at + 'mlp_post_norm'),
             norm_of('final_norm' if i + 1 == config.num_layers else f'layers/{i + 1}/attn_norm'),
-            None if config.layer_rope(i) is None else ropes.index(config.layer_rope(i)), *views[i], group_of[i]))
+            None if config.layer_rope(i) is None else ropes.index(config.layer_rope(i)), group_of[i]))
     positions = rank_rows(specs['position_embedding'], shard) if config.learned_positions else range(0)
     return ModelShard(config, shard, embedding, matrix('position_embedding') if config.learned_positions else None, positions,
                       norm_of('layers/0/attn_norm'), tuple(layers),

@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=('float32', 'bfloat16'),
                    help='bfloat16: round them before they meet bfloat16 weights')
-    p.add_argument('--kernels', default='auto', choices=KERNELS, help='cpu: compiled by Numba; reference: NumPy or CuPy')
+    p.add_argument('--kernels', default='auto', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')
     p.add_argument('--chunk', type=int, default=512, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
     p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go: mpi takes it as it '

@@ -226,7 +226,8 @@ class Scheduler:
         spare = len(self.running) * len(self.groups)  # each request that runs can grow by a block
         if own + spare > pool.available:
             for node, group in reversed(held + sources):
-                pool.let_go(node, group)  # a cache that the request needs whole has no room for what it would copy from
+                pool.let_go(node, group)
+            # a cache that the request needs whole has no room for what it would copy from
             return self._place(sequence, copying=False) if sources and not self.running else None
         for node in path:
             pool.enter(node)

@@ -14,6 +14,7 @@ import numpy as np
 from tpmpi.config import ModelConfig
 from tpmpi.kernels import attention, elementwise, jit, matrix_units, mixture, packing, products, reference
 from tpmpi.kernels.jit import HALVES
+from tpmpi.kernels.recent import Recent
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
 
@@ -21,7 +22,6 @@ VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.int8, 'int4':
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
-MOST_TABLES = 64  # of steps and groups of layers that are remembered
 NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
 
 
@@ -35,7 +35,7 @@ class Kernels:
 
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'
-        self.tables = {}  # of the segments of the last steps, as the attention takes them
+        self.recent = Recent()
         self.units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})  # for many rows, by kind of weight
 
     def needed(self, config: ModelConfig, kinds: Sequence[str], kv_dtype: str) -> list:
@@ -191,11 +191,8 @@ class Kernels:
         """B = softmax(scale Q K^T) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
         b = np.empty(q.shape, np.float32)
         run = attention.attend_float32 if cache.k.dtype == np.float32 else attention.attend_bfloat16
-        if id(segments) not in self.tables:  # all layers of a group ask for the same
-            if len(self.tables) >= MOST_TABLES:
-                self.tables.clear()
-            self.tables[id(segments)] = segments, *_tables(segments)  # which keeps them alive, and so the id theirs
-        run(q, cache.k, cache.v, _bounds(query_groups), *self.tables[id(segments)][1:], segments[0].ring.block,
+        tables = self.recent.of(segments, _tables)  # all layers of a group ask for the same
+        run(q, cache.k, cache.v, _bounds(query_groups), *tables, segments[0].ring.block,
             EVERYWHERE if window is None else window, scale, cap or 0, sinks, b, self.threads)
         return b.reshape(len(q), -1)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
+from tpmpi.kernels.recent import Recent
 from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 
 THREADS = 128
@@ -30,7 +31,6 @@ SPLIT = 512  # keys of one block where a step has few queries
 SPLIT_ROWS = 64  # as many queries fill the device by themselves
 ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
 EVERYWHERE = 1 << 62  # a window that hides nothing
-MOST_UPLOADS = 64  # small arrays of the last steps that stay on the device
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'int8': 'Int8', 'int4': 'Int4'}  # the structs of products.cu
 BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
@@ -88,7 +88,7 @@ class Kernels:
 
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
-        self.functions, self.uploads, self.tasks, self.frequencies = {}, {}, {}, {}
+        self.functions, self.frequencies, self.recent = {}, {}, Recent()
 
     @cached_property
     def modules(self) -> dict:
@@ -104,11 +104,7 @@ class Kernels:
 
     def asarray(self, x: np.ndarray):
         """A small host array on the device; the same array is uploaded once."""
-        if id(x) not in self.uploads:
-            if len(self.uploads) >= MOST_UPLOADS:
-                self.uploads.clear()
-            self.uploads[id(x)] = x, self.xp.asarray(x)  # which keeps x alive, and so the id its own
-        return self.uploads[id(x)][1]
+        return self.recent.of(x, self.xp.asarray)
 
     # ---- weights
 
@@ -315,7 +311,7 @@ class Kernels:
         b = self.xp.empty((tokens, heads * dim), self.xp.float32)
         if heads == 0:
             return b
-        tasks, blocks, runs, items, columns = self._tasks(segments, query_groups, window, sinks)
+        tasks, blocks, runs, items, columns = self.recent.of(segments, self._tasks, query_groups, window, sinks)
         splits = -(-columns // SPLIT) if tokens <= SPLIT_ROWS else 1
         split = SPLIT if splits > 1 else -(-columns // KEYS) * KEYS
         parts = stats = None
@@ -335,28 +331,23 @@ class Kernels:
 
     def _tasks(self, segments, query_groups, window: int | None, sinks: int):
         """What the blocks of an attention do, on the device: tasks, the blocks of all rings, runs of heads; see attention.cu."""
-        key = id(segments), window, sinks
-        if key not in self.tasks:
-            if len(self.tasks) >= MOST_UPLOADS:
-                self.tasks.clear()
-            most = ITEMS[-1]
-            runs = [(kv_head, first, min(most, group.stop - first)) for kv_head, group in enumerate(query_groups)
-                    for first in range(group.start, group.stop, most)]
-            rows_at_once = most // max(count for _, _, count in runs)
-            tasks, ring_at = [], 0
-            for s in segments:
-                for row in range(0, len(s.slots), rows_at_once):
-                    position = s.start + row
-                    low = s.oldest if window is None else max(s.oldest, position - window + 1)
-                    tasks.append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low, min(sinks, low),
-                                  ring_at, len(s.ring.blocks), s.ring.pinned))
-                ring_at += len(s.ring.blocks)
-            columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
-            largest = max(task[1] for task in tasks) * max(count for _, _, count in runs)
-            arrays = [self.xp.asarray(np.array(a, np.int64)) for a in (
-                tasks, np.concatenate([s.ring.blocks for s in segments]), runs)]
-            self.tasks[key] = segments, (*arrays, next(n for n in ITEMS if n >= largest), columns)
-        return self.tasks[key][1]
+        most = ITEMS[-1]
+        runs = [(kv_head, first, min(most, group.stop - first)) for kv_head, group in enumerate(query_groups)
+                for first in range(group.start, group.stop, most)]
+        rows_at_once = most // max(count for _, _, count in runs)
+        tasks, ring_at = [], 0
+        for s in segments:
+            for row in range(0, len(s.slots), rows_at_once):
+                position = s.start + row
+                low = s.oldest if window is None else max(s.oldest, position - window + 1)
+                tasks.append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low, min(sinks, low),
+                              ring_at, len(s.ring.blocks), s.ring.pinned))
+            ring_at += len(s.ring.blocks)
+        columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
+        largest = max(task[1] for task in tasks) * max(count for _, _, count in runs)
+        arrays = [self.xp.asarray(np.array(a, np.int64)) for a in (
+            tasks, np.concatenate([s.ring.blocks for s in segments]), runs)]
+        return *arrays, next(n for n in ITEMS if n >= largest), columns
 
     # ---- a mixture of experts
 
