@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 
 import cuda_device
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from programs.shards import TOKENS
-from ranks import environment, run_program
+from ranks import environment, run_program, run_ranks
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
@@ -29,6 +31,20 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
         assert config.num_experts or reports[name]['hidden'] == {}
     config = models['nine_heads'][1]
     assert sum(reports['nine_heads']['launches'].values()) == 8 * config.num_layers + 3  # embedding, RoPE's table, first norm
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
+@pytest.mark.parametrize('options', [['--collective', 'staged'], ['--collective', 'mpi', '--weights', 'int8', '--kv', 'float32']])
+def test_the_command_on_two_gpus_gives_the_tokens_of_the_cpu(options):
+    tokens, env = [], environment(FAKE_CUDA_DEVICES='2', TPMPI_TRUST_GPU_MPI='1')
+    env['PYTHONPATH'] = os.pathsep.join([str(cuda_device.STAND_IN), env['PYTHONPATH']])
+    for device in (['--device', 'cuda', *options], ['--device', 'cpu', *options[2:]]):
+        done = run_ranks(2, '-m', 'tpmpi.run', '--max-new-tokens', 12, '--json', *device, env=env)
+        assert done.returncode == 0, done.stderr
+        tokens.append(json.loads(done.stdout)['tokens'])
+        if device[1] == 'cuda':
+            assert f'all-reduce of GPU memory: {options[1]} ' in done.stderr and 'rank 1: ' in done.stderr
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 12
 
 
 @pytest.mark.gpu
