@@ -18,7 +18,7 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 STREAM_TOTAL = 1 << 30  # bytes that all ranks together stream at least: far more than their caches hold
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='rounds, after one to warm up (default: 3)')
     p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--kernels', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')
-    p.add_argument('--activations', choices=KV_DTYPES, help='bfloat16: round them before they meet bfloat16 weights')
+    p.add_argument('--activations', choices=ACTIVATION_DTYPES, help='what they may be rounded to (see tpmpi.run)')
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
     p.add_argument('--chunk', type=int, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', choices=DEVICES)

@@ -9,6 +9,7 @@ ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu', 'identity')
 NORMS = ('rms', 'layer', 'none')
 QK_NORMS = ('none', 'head', 'all')
 KV_DTYPES = ('float32', 'bfloat16')
+ACTIVATION_DTYPES = ('float32', 'bfloat16', 'int8')
 DEVICES = ('auto', 'cpu', 'cuda')
 COLLECTIVES = ('auto', 'mpi', 'staged', 'nccl')
 WEIGHT_KINDS = ('float32', 'bfloat16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
@@ -253,7 +254,7 @@ class RunConfig:
     verify: bool = False  # check the file's checksums while loading
     weights: str | None = None  # kind of the matrices in memory; None: as in the file
     kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy; auto: a GPU's own, else cpu where there is Numba
-    activations: str = 'float32'  # bfloat16: rounded before they meet bfloat16 weights
+    activations: str = 'float32'  # what they may be rounded to where they meet such weights
     sinks: int = 0  # first tokens that attention sees besides the context
     collective: str = 'auto'  # how an all-reduce of GPU memory is carried: see collectives.py
     share_gpu: bool = False  # several ranks may compute on one GPU
@@ -269,7 +270,7 @@ class RunConfig:
             raise ConfigError(f'sinks is {self.sinks}; expected 0 to {1 << 16} tokens')
         if self.sinks and self.context is None:
             raise ConfigError(f'sinks is {self.sinks}; they need a context that rolls (--context N)')
-        for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS), ('activations', KV_DTYPES),
+        for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS), ('activations', ACTIVATION_DTYPES),
                             ('collective', COLLECTIVES), ('weights', (None, *WEIGHT_KINDS))):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')

@@ -18,7 +18,7 @@ from tpmpi.kernels.recent import Recent
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
 
-VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.int8, 'int4': np.uint8}  # a panel seen as these
+VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.uint8, 'int4': np.uint8}  # a panel seen as these
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
@@ -36,7 +36,11 @@ class Kernels:
     def __init__(self, threads: int = 1, activations: str = 'float32'):
         self.threads, self.rounded = threads, activations == 'bfloat16'
         self.recent = Recent()
-        self.units = matrix_units.TILES | (matrix_units.PAIRS if self.rounded else {})  # for many rows, by kind of weight
+        coarse = activations == 'int8'
+        pairs = matrix_units.PAIRS if self.rounded else {}
+        self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | pairs  # by kind of weight
+        self.expert_products = mixture.MULTIPLY | (mixture.COARSE if coarse else {})
+        self.units = {k: unit for k, unit in matrix_units.TILES.items() if not (coarse and k in products.COARSE)}  # for many rows
 
     def needed(self, config: ModelConfig, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
@@ -47,7 +51,7 @@ class Kernels:
         found += [e.softcap] if config.logit_softcap is not None else []
         found += [getattr(e, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
         if config.num_experts:
-            found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(mixture.MULTIPLY[kind] for kind in kinds)]
+            found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(self.expert_products[kind] for kind in kinds)]
         return found + self.needed_for(kinds)
 
     def needed_for(self, kinds: Sequence[str]) -> list:
@@ -55,7 +59,7 @@ class Kernels:
         found = [elementwise.round_bfloat16] if self.rounded else []
         found += [packing.touch] if self.threads > 1 else []
         for kind in kinds:
-            found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), products.MULTIPLY[kind]]
+            found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), self.products[kind]]
             found += [self.units[kind]] if kind in self.units else []
         return found
 
@@ -86,7 +90,7 @@ class Kernels:
     def fill(weight: Weight, at: int, stored: Stored) -> None:
         """Put stored rows into a packed matrix; at: the first one's place."""
         assert stored.kind == weight.kind
-        transposed, values = stored.group_axis == 0, np.uint8 if stored.kind == 'int8' else VALUES[stored.kind]
+        transposed, values = stored.group_axis == 0, VALUES[stored.kind]
         scales = [_bytes_of(s) for s in (stored.scale, stored.offset) if s is not None]
         pack = getattr(packing, f'pack_{stored.kind}')
         pack(np.ascontiguousarray(stored.data).view(values), *scales, transposed, at, weight.data.view(values))
@@ -174,8 +178,8 @@ class Kernels:
     def _product(self, x, weight: Weight):
         """The kernel for so many rows: the matrix units, where there are any, or the ordinary one."""
         if len(x) >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.STEP == 0:
-            return self.units.get(weight.kind, products.MULTIPLY[weight.kind])
-        return products.MULTIPLY[weight.kind]
+            return self.units.get(weight.kind, self.products[weight.kind])
+        return self.products[weight.kind]
 
     @staticmethod
     def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):
@@ -258,7 +262,7 @@ class Kernels:
         if last - first == 1:
             return self.linear(x, self.expert(weights, first))
         y = np.empty((len(x), weights.out_features), np.float32)
-        mixture.MULTIPLY[weights.kind](self._input(x, weights), starts[first:last + 1] - starts[first], weights.data[first:last],
+        self.expert_products[weights.kind](self._input(x, weights), starts[first:last + 1] - starts[first], weights.data[first:last],
                                        y, self.threads)
         return y
 

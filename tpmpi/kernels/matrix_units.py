@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from tpmpi.kernels.elementwise import bfloat16
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
-from tpmpi.kernels.products import PRODUCT, strip_rows
+from tpmpi.kernels.products import PRODUCT, float_product
 from tpmpi.kernels.tiles import (
     GROUP,
     GROUP_BYTES,
@@ -36,8 +36,8 @@ from tpmpi.kernels.tiles import (
     WIDTH,
     Emit,
     float_of,
-    group_pairs,
     group_scales,
+    group_values,
     keep,
     outer_product,
 )
@@ -166,7 +166,7 @@ def widen_to_bfloat16(kind: str):
     """widen(w, groups, high, low): a panel of int8 or int4 as two panels of bfloat16; addresses."""
     def emit(context, builder, signature, args):
         e, b, (w, groups, high, low) = Emit(builder), builder, args
-        steps = 4 if kind == 'int4' else 1  # along k in one load of weights
+        steps = 4 if kind == 'int4' else 2  # pairs along k in one load of weights
 
         def rounded(value):
             """The bits of a float32, rounded to bfloat16 in their upper half; scales are finite, so there is no NaN."""
@@ -182,17 +182,17 @@ def widen_to_bfloat16(kind: str):
             with cgutils.for_range(b, I64(GROUP // 2 // steps)) as inner:
                 for part in range(PARTS):
                     scale, offset = group_scales(e, kind, source, part)
-                    for j, pairs in enumerate(group_pairs(e, kind, source, inner.index, part)):
-                        words = b.bitcast(pairs, VI)
+                    values = group_values(e, kind, source, inner.index, part)
+                    for j in range(steps):
                         highs, lows = [], []
-                        for q in (b.ashr(b.shl(words, e.splat(I32(16))), e.splat(I32(16))), b.ashr(words, e.splat(I32(16)))):
+                        for q in values[2 * j:2 * j + 2]:
                             q = b.sitofp(q, VF)
                             value = b.fmul(q, scale) if offset is None else e.fma(q, scale, offset)
                             highs.append(rounded(value))
                             lows.append(rounded(b.fsub(value, b.bitcast(highs[-1], VF))))
-                        for target, values in ((high, highs), (low, lows)):
+                        for target, halves in ((high, highs), (low, lows)):
                             at = e.at(target, (loop.index, TILE), (inner.index, steps * PAIR_BYTES), j * PAIR_BYTES)
-                            e.store(pair(*values), e.at(at, part * WIDTH * 4))
+                            e.store(pair(*halves), e.at(at, part * WIDTH * 4))
         return context.get_dummy_value()
 
     @intrinsic
@@ -287,77 +287,19 @@ def tile_product(kind: str):
 # ---- products in pairs
 
 
-def pair_tile(rows: int):
-    """tile(x, x_row, w, steps, y, y_row): y[rows, 16] = x · W for one panel, x and W in bfloat16."""
-    def emit(context, builder, signature, args):
-        e, b, (x, x_row, w, steps, y, y_row) = Emit(builder), builder, args
-        xs = [e.at(x, (x_row, r)) for r in range(rows)]
-        sums = e.variables(VF, rows, PARTS)
-        for line in sums:
-            for s in line:
-                b.store(ir.Constant(VF, [0.0] * WIDTH), s)
-
-        def as_float(bits, half):
-            shifted = b.and_(bits, e.splat(I32(0xFFFF0000))) if half else b.shl(bits, e.splat(I32(16)))
-            return b.bitcast(shifted, VF)
-
-        def dot(total, u, v):
-            if MATRIX_UNITS == 'avx512bf16':
-                return e.call(f'llvm.x86.avx512bf16.dpbf16ps.{32 * WIDTH}', total, u, v)
-            return e.fma(as_float(u, 0), as_float(v, 0), e.fma(as_float(u, 1), as_float(v, 1), total))
-
-        with cgutils.for_range(b, steps) as loop:
-            outer_product(rows, PARTS, 1, lambda r, j: e.splat(e.load(e.at(xs[r], (loop.index, 4)), I32, 4)),
-                          lambda v: [e.load(e.at(w, (loop.index, PAIR_BYTES), v * WIDTH * 4), VI, 4)],
-                          lambda r, v, j, xk, value: b.store(dot(b.load(sums[r][v]), xk, value), sums[r][v]))
-        for r in range(rows):
-            for v in range(PARTS):
-                e.store(b.load(sums[r][v]), e.at(y, (y_row, r), v * WIDTH * 4))
-        return context.get_dummy_value()
-
-    @intrinsic
-    def tile(typing_context, x, x_row, w, steps, y, y_row):
-        return types.void(*[types.int64] * 6), emit
-    return tile
-
-
-_six, _four, _three, _two, _one = map(pair_tile, (6, 4, 3, 2, 1))
-
-
 @helper
-def _pair_share(parts, w, y, t, threads):
-    """The outputs of thread t from the high parts of x alone."""
-    tokens, outputs, k = y.shape[0], y.shape[1], parts.shape[2]
-    out = np.empty((6, LANES), np.float32)
-    panels = len(w)
-    for p in range(panels * t // threads, panels * (t + 1) // threads):
-        at, m, width = w.ctypes.data + p * w.shape[1], 0, min(LANES, outputs - p * LANES)
-        while m < tokens:
-            rows = strip_rows(tokens - m)
-            x = parts.ctypes.data + 2 * m * k
-            if rows == 6:
-                _six(x, 2 * k, at, k // 2, out.ctypes.data, 4 * LANES)
-            elif rows == 4:
-                _four(x, 2 * k, at, k // 2, out.ctypes.data, 4 * LANES)
-            elif rows == 3:
-                _three(x, 2 * k, at, k // 2, out.ctypes.data, 4 * LANES)
-            elif rows == 2:
-                _two(x, 2 * k, at, k // 2, out.ctypes.data, 4 * LANES)
-            else:
-                _one(x, 2 * k, at, k // 2, out.ctypes.data, 4 * LANES)
-            for row in range(rows):
-                for i in range(width):
-                    y[m + row, p * LANES + i] = out[row, i]
-            m += rows
-    keep(parts)
-    keep(w)
-    keep(out)
+def narrow(x, parts, t, threads):
+    """Thread t's rows of x as bfloat16."""
+    for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
+        for i in range(x.shape[1]):
+            parts[m, i] = bfloat16(x[m, i])
 
 
 # ---- entry points; x [tokens, k], k a multiple of 32
 
 
 _bfloat16, _int8, _int4 = map(tile_product, ('bfloat16', 'int8', 'int4'))
+_pairs = float_product('pairs')
 
 
 @shared_kernel(PRODUCT)
@@ -386,10 +328,12 @@ def tiles_int4(x, w, y, threads):
 
 @shared_kernel(PRODUCT)
 def pairs_bfloat16(x, w, y, threads):
-    """y = x · W in pairs; x holds bfloat16 values."""
-    parts, used = split(x)
+    """y = x · W in pairs; x is rounded to bfloat16."""
+    parts = np.empty(x.shape, np.uint16)
     for t in prange(threads):
-        _pair_share(parts, w, y, np.int64(t), threads)
+        narrow(x, parts, np.int64(t), threads)
+    for t in prange(threads):
+        _pairs(parts, w, y, np.int64(t), threads)
 
 
 TILES = {'bfloat16': tiles_bfloat16, 'int8': tiles_int8, 'int4': tiles_int4} if MATRIX_UNITS in ('amx', 'emulated') else {}

@@ -11,7 +11,17 @@ import numpy as np
 from numba import prange
 
 from tpmpi.kernels.jit import kernel, shared_kernel
-from tpmpi.kernels.products import SHARES, new_integers, quantize
+from tpmpi.kernels.products import (
+    COARSE_BYTES,
+    SHARES,
+    new_integers,
+    quantize_coarse_int4,
+    quantize_coarse_int8,
+    quantize_int4,
+    quantize_int8,
+    share_coarse_int4,
+    share_coarse_int8,
+)
 from tpmpi.kernels.rows import exp
 
 f32 = np.float32
@@ -108,10 +118,10 @@ def multiply_bfloat16(x, starts, w, y, threads):
 
 @shared_kernel(PRODUCTS)
 def multiply_int8(x, starts, w, y, threads):
-    """y = each row of x times its expert's W."""
-    q, scale, total = new_integers(x)
+    """y = each row of x, in 16 bits, times its expert's W."""
+    q, scale, total = new_integers(x, 2)
     for thread in prange(threads):
-        quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
+        quantize_int8(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):
         for i in range(len(w)):
             first, last = starts[i], starts[i + 1]
@@ -121,10 +131,10 @@ def multiply_int8(x, starts, w, y, threads):
 
 @shared_kernel(PRODUCTS)
 def multiply_int4(x, starts, w, y, threads):
-    """y = each row of x times its expert's W."""
-    q, scale, total = new_integers(x)
+    """y = each row of x, in 16 bits, times its expert's W."""
+    q, scale, total = new_integers(x, 2)
     for thread in prange(threads):
-        quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
+        quantize_int4(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):
         for i in range(len(w)):
             first, last = starts[i], starts[i + 1]
@@ -132,4 +142,31 @@ def multiply_int4(x, starts, w, y, threads):
                 _int4(q[first:last], scale[first:last], total[first:last], w[i], y[first:last], np.int64(thread), threads)
 
 
+@shared_kernel(PRODUCTS)
+def coarse_int8(x, starts, w, y, threads):
+    """y = each row of x, in 8 bits, times its expert's W."""
+    q, scale, total = new_integers(x, COARSE_BYTES)
+    for thread in prange(threads):
+        quantize_coarse_int8(x, q, scale, total, np.int64(thread), threads)
+    for thread in prange(threads):
+        for i in range(len(w)):
+            first, last = starts[i], starts[i + 1]
+            if first < last:
+                share_coarse_int8(q[first:last], scale[first:last], total[first:last], w[i], y[first:last], np.int64(thread), threads)
+
+
+@shared_kernel(PRODUCTS)
+def coarse_int4(x, starts, w, y, threads):
+    """y = each row of x, in 8 bits, times its expert's W."""
+    q, scale, total = new_integers(x, COARSE_BYTES)
+    for thread in prange(threads):
+        quantize_coarse_int4(x, q, scale, total, np.int64(thread), threads)
+    for thread in prange(threads):
+        for i in range(len(w)):
+            first, last = starts[i], starts[i + 1]
+            if first < last:
+                share_coarse_int4(q[first:last], scale[first:last], total[first:last], w[i], y[first:last], np.int64(thread), threads)
+
+
 MULTIPLY = {'float32': multiply_float32, 'bfloat16': multiply_bfloat16, 'int8': multiply_int8, 'int4': multiply_int4}
+COARSE = {'int8': coarse_int8, 'int4': coarse_int4}  # for activations rounded to int8

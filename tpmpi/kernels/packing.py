@@ -50,25 +50,25 @@ def pack_bfloat16(raw, transposed, at, w):
 
 @kernel('void(u1[:, ::1], u1[:, :, ::1], b1, i8, u1[:, ::1])')
 def pack_int8(raw, scale, transposed, at, w):
-    """Into groups of [16, 16, 2] int8 and 16 scales, all as bytes."""
+    """Into groups of [8, 16, 4] q + 128 and 16 scales, all as bytes."""
     size = INT8_BYTES
     for i in range(raw.shape[0]):
         for j in range(raw.shape[1]):
             out, k = place(i, j, at, transposed)
-            w[out // LANES, k // GROUP * size + k % GROUP // 2 * (2 * LANES) + out % LANES * 2 + k % 2] = raw[i, j]
+            w[out // LANES, k // GROUP * size + k % GROUP // 4 * (4 * LANES) + out % LANES * 4 + k % 4] = raw[i, j] ^ np.uint8(128)
     pack_scales(scale, transposed, at, w, size, INT8_SCALES)
 
 
 @kernel('void(u1[:, ::1], u1[:, :, ::1], u1[:, :, ::1], b1, i8, u1[:, ::1])')
 def pack_int4(raw, scale, offset, transposed, at, w):
-    """Into groups of [4, 16] words, 16 scales and 16 offsets.  raw: two columns in a byte, the even one low; w: zeros."""
+    """Into groups of [4, 16, 4] bytes, 16 scales and 16 offsets.  raw: two columns in a byte, the even one low; w: zeros."""
     size = INT4_BYTES
     for i in range(raw.shape[0]):
         for j in range(2 * raw.shape[1]):
             out, k = place(i, j, at, transposed)
             value = (raw[i, j // 2] >> np.uint8(j % 2 * 4)) & np.uint8(15)
-            byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + out % LANES * 4 + k % 2 * 2 + k % 8 // 4
-            w[out // LANES, byte] |= value << np.uint8(k % 4 // 2 * 4)
+            byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + out % LANES * 4 + k % 4
+            w[out // LANES, byte] |= value << np.uint8(k % 8 // 4 * 4)
     pack_scales(scale, transposed, at, w, size, INT4_SCALES)
     pack_scales(offset, transposed, at, w, size, INT4_SCALES + LANES * HALF_BYTES)
 
@@ -106,15 +106,15 @@ def embed_bfloat16(ids, rows, w, y):
                 y[t, k] = np.uint32(bits) << np.uint32(16)
 
 
-@kernel('void(i8[::1], i8, i1[:, ::1], f4[:, ::1])')
+@kernel('void(i8[::1], i8, u1[:, ::1], f4[:, ::1])')
 def embed_int8(ids, rows, w, y):
     """Rows of the table, without their scales."""
     size = INT8_BYTES
     for t in range(len(ids)):
         if 0 <= ids[t] < rows:
             for k in range(y.shape[1]):
-                at = k // GROUP * size + k % GROUP // 2 * (2 * LANES) + ids[t] % LANES * 2 + k % 2
-                y[t, k] = w[ids[t] // LANES, at]
+                at = k // GROUP * size + k % GROUP // 4 * (4 * LANES) + ids[t] % LANES * 4 + k % 4
+                y[t, k] = np.int64(w[ids[t] // LANES, at]) - 128
 
 
 @kernel('void(i8[::1], i8, u1[:, ::1], f4[:, ::1])')
@@ -124,5 +124,5 @@ def embed_int4(ids, rows, w, y):
     for t in range(len(ids)):
         if 0 <= ids[t] < rows:
             for k in range(y.shape[1]):
-                byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + ids[t] % LANES * 4 + k % 2 * 2 + k % 8 // 4
-                y[t, k] = (w[ids[t] // LANES, byte] >> np.uint8(k % 4 // 2 * 4)) & np.uint8(15)
+                byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + ids[t] % LANES * 4 + k % 4
+                y[t, k] = (w[ids[t] // LANES, byte] >> np.uint8(k % 8 // 4 * 4)) & np.uint8(15)

@@ -1,8 +1,8 @@
 """x · W for every kind of weights and every number of tokens, on panels (see tiles.py for their layout).
 
-One token: four far streams through the matrix, at once the fastest way to read memory (a single stream got 20 GB/s on
-a core that gives 24 to four).  Many tokens: panels stay in the cache while all rows pass.  Each output is accumulated in
-the same order in all cases.
+Few tokens: four far streams through the matrix, at once the fastest way to read memory (a single stream got 20 GB/s on
+a core that gives 24 to four).  Many tokens: panels stay in the cache while all rows pass, strip by strip.  Each output is
+accumulated in the same order in all cases.
 """
 
 from __future__ import annotations
@@ -10,70 +10,108 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from tpmpi.kernels.jit import helper, inlined, shared_kernel
+from tpmpi.kernels.jit import VNNI, WIDTH, helper, inlined, shared_kernel
 from tpmpi.kernels.rows import row_quantize
-from tpmpi.kernels.tiles import GROUP, LANES, PER_STEP, float_tile, integer_tile, keep
+from tpmpi.kernels.tiles import GROUP, LANES, PER_STEP, X_STEP, float_tile, integer_tile, keep
 
 K_BLOCK = 1024  # weights along k in one pass over many rows: four panels of them stay in the second-level cache
 PANELS = 4  # of one pass
 ROW_BYTES = LANES * 4  # of a panel's outputs
+# panels of a tile, by its rows: as many as the sums have vector registers for
+NEAR = {6: 4, 4: 4, 3: 4, 2: 4, 1: 4} if WIDTH == 16 else {6: 1, 4: 1, 3: 1, 2: 1, 1: 1}
+NEAR_PAIRS = {4: 4, 3: 4, 2: 4, 1: 4} if WIDTH == 16 else NEAR  # bfloat16 beside float32: a pair takes two registers
+NEAR_INTEGERS = {6: 2, 4: 2, 3: 2, 2: 2, 1: 2} if WIDTH == 16 else NEAR
+FAR = NEAR if WIDTH == 16 else {3: 2, 2: 2, 1: 4}
+FAR_PAIRS = NEAR_PAIRS if WIDTH == 16 else {2: 2, 1: 4}
+FAR_INTEGERS = {4: 2, 3: 4, 2: 4, 1: 4} if WIDTH == 16 else {2: 2, 1: 4}
+
+
+@inlined
+def strip_rows(left, most):
+    """Rows of the next strip when so many are left: 6, 4, 3, 2 or 1; most: of a strip."""
+    return most if left >= most else 3 if left == 5 else left
+
+
+def strips(make, panels: dict[int, int]):
+    """strip(rows, …): the tile of so many rows, and of as many panels as `panels` says of these rows."""
+    tiles = {rows: make(rows, count) for rows, count in panels.items()}
+    six, four, three, two, one = (tiles.get(rows, tiles[1]) for rows in (6, 4, 3, 2, 1))
+
+    @inlined
+    def strip(rows, place):
+        if rows == 6:
+            six(*place)
+        elif rows == 4:
+            four(*place)
+        elif rows == 3:
+            three(*place)
+        elif rows == 2:
+            two(*place)
+        else:
+            one(*place)
+
+    return strip
+
+
+def panels_of_far(far: dict[int, int]):
+    """count(tokens): panels that so many tokens read at once from far places; 0 where they are too many."""
+    six, four, three, two, one = (far.get(rows, 0) for rows in (6, 4, 3, 2, 1))
+
+    @inlined
+    def count(tokens):
+        return one if tokens == 1 else two if tokens == 2 else three if tokens == 3 else four if tokens == 4 else (
+            six if tokens == 6 else 0)
+
+    return count
 
 
 def float_panels(kind: str):
     """add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row): adds x · W to whole panels of y.
 
-    x, w, y: addresses; the others: strides in bytes and counts.  kind: float32 or bfloat16.
+    x, w, y: addresses; the others: strides in bytes and counts.  kind: float32, bfloat16, or pairs (see float_tile).
     """
-    one_by_four, one_by_one = float_tile(kind, 1, 4), float_tile(kind, 1, 1)
-    two_by_two, three_by_two = float_tile(kind, 2, 2), float_tile(kind, 3, 2)
-    six, four, three, two = (float_tile(kind, rows, 1) for rows in (6, 4, 3, 2))
-    block = K_BLOCK // PER_STEP[kind]
-    far_rows = 3 if PER_STEP[kind] == 1 else 2  # three rows of pairs beside two panels would not fit into 16 registers
+    def tile(rows, panels):
+        return float_tile(kind, rows, panels)
 
-    @inlined
-    def few(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
-        """Up to `far_rows` rows; returns how many panels are left over for one stream."""
-        far = panels // (4 if tokens == 1 else 2)
-        for p in range(far):
-            at, out = w + p * w_panel, y + p * ROW_BYTES
-            if tokens == 1:
-                one_by_four(x, x_row, at, far * w_panel, w_step, steps, out, y_row, far * ROW_BYTES)
-            elif tokens == 2:
-                two_by_two(x, x_row, at, far * w_panel, w_step, steps, out, y_row, far * ROW_BYTES)
-            elif far_rows == 3:
-                three_by_two(x, x_row, at, far * w_panel, w_step, steps, out, y_row, far * ROW_BYTES)
-        return panels - far * (4 if tokens == 1 else 2)
+    near_panels, far_panels = (NEAR_PAIRS, FAR_PAIRS) if kind == 'bfloat16' else (NEAR, FAR)
+    near, last, wide, most = strips(tile, near_panels), strips(tile, dict.fromkeys(near_panels, 1)), near_panels[1], max(near_panels)
+    far, together = near if far_panels is near_panels else strips(tile, far_panels), panels_of_far(far_panels)
+    each = PER_STEP.get(kind, 2)
+    block, x_step = K_BLOCK // each, X_STEP[kind]
 
     @inlined
     def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
-        first = panels - few(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row) if tokens <= far_rows else 0
+        at_once, first = together(tokens), 0
+        if at_once > 0:
+            streams = panels // at_once
+            for p in range(streams):
+                far(tokens, (x, x_row, w + p * w_panel, streams * w_panel, w_step, steps, y + p * ROW_BYTES, y_row,
+                             streams * ROW_BYTES))
+            first = streams * at_once
         for step in range(0, steps, block):
             count = min(block, steps - step)
             for p0 in range(first, panels, PANELS):
-                m = 0
+                m, end = 0, min(p0 + PANELS, panels)
                 while m < tokens:
-                    rows = strip_rows(tokens - m)
-                    for p in range(p0, min(p0 + PANELS, panels)):
-                        at, to = x + m * x_row + step * (K_BLOCK // block * 4), y + m * y_row + p * ROW_BYTES
-                        part = w + p * w_panel + step * w_step
-                        if rows == 6:
-                            six(at, x_row, part, 0, w_step, count, to, y_row, 0)
-                        elif rows == 4:
-                            four(at, x_row, part, 0, w_step, count, to, y_row, 0)
-                        elif rows == 3:
-                            three(at, x_row, part, 0, w_step, count, to, y_row, 0)
-                        elif rows == 2:
-                            two(at, x_row, part, 0, w_step, count, to, y_row, 0)
+                    rows = strip_rows(tokens - m, most)
+                    at, p = x + m * x_row + step * x_step, p0
+                    while p < end:
+                        part, to = w + p * w_panel + step * w_step, y + m * y_row + p * ROW_BYTES
+                        if wide > 1 and end - p >= wide:
+                            near(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES))
+                            p += wide
                         else:
-                            one_by_one(at, x_row, part, 0, w_step, count, to, y_row, 0)
+                            last(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES))
+                            p += 1
                     m += rows
 
     return add
 
 
-def _float_product(kind: str):
-    """share(x, w, y, t, threads) for float32 and bfloat16."""
-    add, each = float_panels(kind), PER_STEP[kind]
+def float_product(kind: str):
+    """share(x, w, y, t, threads) for float32, bfloat16, and pairs, which take x as bfloat16."""
+    add, each = float_panels(kind), PER_STEP.get(kind, 2)
+    x_bytes = X_STEP[kind] // each
 
     @helper
     def share(x, w, y, t, threads):
@@ -86,8 +124,8 @@ def _float_product(kind: str):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:
                 panel, panels, to, y_row = whole, 1, tail.ctypes.data, ROW_BYTES
-            add(x.ctypes.data, 4 * x.shape[1], tokens, w.ctypes.data + panel * w.shape[1], w.shape[1], ROW_BYTES, panels, steps,
-                to, y_row)
+            add(x.ctypes.data, x_bytes * x.shape[1], tokens, w.ctypes.data + panel * w.shape[1], w.shape[1], ROW_BYTES, panels,
+                steps, to, y_row)
             if part == 1:
                 y[:, whole * LANES:] = tail[:, :y.shape[1] - whole * LANES]
         keep(x)
@@ -96,71 +134,62 @@ def _float_product(kind: str):
     return share
 
 
-@inlined
-def strip_rows(left):
-    """Rows of the next strip when so many are left: 6, 4, 3, 2 or 1; five are 3 + 2."""
-    return 6 if left >= 6 else 3 if left == 5 else left
+def quantizer(kind: str, x_bytes: int, levels: int):
+    """quantize(x, q, scale, total, t, threads): thread t's rows of x as integers; see row_quantize."""
+    row_of = row_quantize(kind, x_bytes, levels)
+
+    @helper
+    def quantize(x, q, scale, total, t, threads):
+        groups = x.shape[1] // GROUP
+        for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
+            row, at = m * x.shape[1], 4 * m * groups
+            row_of(x.ctypes.data + 4 * row, q.ctypes.data + x_bytes * row, scale.ctypes.data + at, total.ctypes.data + at, groups)
+        keep(x)
+        keep(q)
+        keep(scale)
+        keep(total)
+
+    return quantize
 
 
 @helper
-def quantize(x, q, scale, total, first, last):
-    """Rows first … last - 1 of x as int16 with a scale and the sum of each group of 32."""
-    groups = x.shape[1] // GROUP
-    for m in range(first, last):
-        row, at = m * x.shape[1], 4 * m * groups
-        row_quantize(x.ctypes.data + 4 * row, q.ctypes.data + 2 * row, scale.ctypes.data + at, total.ctypes.data + at, groups)
-    keep(x)
-    keep(q)
-    keep(scale)
-    keep(total)
-
-
-@helper
-def new_integers(x):
+def new_integers(x, x_bytes):
     """Room for x [tokens, k] as `quantize` writes it."""
     tokens, groups = len(x), x.shape[1] // GROUP
-    return np.empty(x.shape, np.int16), np.empty((tokens, groups), np.float32), np.empty((tokens, groups), np.float32)
+    return (np.empty((tokens, x_bytes * x.shape[1]), np.uint8), np.empty((tokens, groups), np.float32),
+            np.empty((tokens, groups), np.float32))
 
 
-def _integer_product(kind: str):
-    """share(q, scale, total, w, y, t, threads) for int8 and int4."""
-    one_by_four, two_by_two = integer_tile(kind, 1, 4), integer_tile(kind, 2, 2)
-    six, four, three, two, one = (integer_tile(kind, rows, 1) for rows in (6, 4, 3, 2, 1))
+def integer_product(kind: str, x_bytes: int):
+    """share(q, scale, total, w, y, t, threads) for int8 and int4, and x in integers of so many bytes."""
+    def tile(rows, panels):
+        return integer_tile(kind, rows, panels, x_bytes)
 
-    @inlined
-    def few(x, x_row, scale, total, scale_row, tokens, w, w_panel, groups, panels, y, y_row):
-        """One or two rows; returns how many panels are left over for one stream."""
-        far = panels // (4 if tokens == 1 else 2)
-        for p in range(far):
-            at, out = w + p * w_panel, y + p * ROW_BYTES
-            if tokens == 1:
-                one_by_four(x, x_row, scale, total, scale_row, at, far * w_panel, groups, out, y_row, far * ROW_BYTES)
-            else:
-                two_by_two(x, x_row, scale, total, scale_row, at, far * w_panel, groups, out, y_row, far * ROW_BYTES)
-        return panels - far * (4 if tokens == 1 else 2)
+    near, last, wide = strips(tile, NEAR_INTEGERS), strips(tile, dict.fromkeys(NEAR_INTEGERS, 1)), NEAR_INTEGERS[1]
+    far, together, most = strips(tile, FAR_INTEGERS), panels_of_far(FAR_INTEGERS), max(NEAR_INTEGERS)
 
     @inlined
     def add(x, x_row, scale, total, scale_row, tokens, w, w_panel, groups, panels, y, y_row):
-        first = 0
-        if tokens <= 2:
-            first = panels - few(x, x_row, scale, total, scale_row, tokens, w, w_panel, groups, panels, y, y_row)
+        at_once, first = together(tokens), 0
+        if at_once > 0:
+            streams = panels // at_once
+            for p in range(streams):
+                far(tokens, (x, x_row, scale, total, scale_row, w + p * w_panel, streams * w_panel, groups, y + p * ROW_BYTES,
+                             y_row, streams * ROW_BYTES))
+            first = streams * at_once
         for p0 in range(first, panels, PANELS):
-            m = 0
+            m, end = 0, min(p0 + PANELS, panels)
             while m < tokens:
-                rows = strip_rows(tokens - m)
-                a, s, t = x + m * x_row, scale + m * scale_row, total + m * scale_row
-                for p in range(p0, min(p0 + PANELS, panels)):
-                    at, out = w + p * w_panel, y + m * y_row + p * ROW_BYTES
-                    if rows == 6:
-                        six(a, x_row, s, t, scale_row, at, 0, groups, out, y_row, 0)
-                    elif rows == 4:
-                        four(a, x_row, s, t, scale_row, at, 0, groups, out, y_row, 0)
-                    elif rows == 3:
-                        three(a, x_row, s, t, scale_row, at, 0, groups, out, y_row, 0)
-                    elif rows == 2:
-                        two(a, x_row, s, t, scale_row, at, 0, groups, out, y_row, 0)
+                rows = strip_rows(tokens - m, most)
+                a, s, t, p = x + m * x_row, scale + m * scale_row, total + m * scale_row, p0
+                while p < end:
+                    at, to = w + p * w_panel, y + m * y_row + p * ROW_BYTES
+                    if wide > 1 and end - p >= wide:
+                        near(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES))
+                        p += wide
                     else:
-                        one(a, x_row, s, t, scale_row, at, 0, groups, out, y_row, 0)
+                        last(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES))
+                        p += 1
                 m += rows
 
     @helper
@@ -174,7 +203,7 @@ def _integer_product(kind: str):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:
                 panel, panels, to, y_row = whole, 1, tail.ctypes.data, ROW_BYTES
-            add(q.ctypes.data, 2 * q.shape[1], scale.ctypes.data, total.ctypes.data, 4 * groups, tokens,
+            add(q.ctypes.data, q.shape[1], scale.ctypes.data, total.ctypes.data, 4 * groups, tokens,
                 w.ctypes.data + panel * w.shape[1], w.shape[1], groups, panels, to, y_row)
             if part == 1:
                 y[:, whole * LANES:] = tail[:, :y.shape[1] - whole * LANES]
@@ -189,8 +218,12 @@ def _integer_product(kind: str):
 # ---- entry points: functions of the module, because Numba cannot cache those that a function makes
 
 
-_float32, _bfloat16 = _float_product('float32'), _float_product('bfloat16')
-_int8, _int4 = _integer_product('int8'), _integer_product('int4')
+COARSE_BYTES = 1 if VNNI else 2  # of x rounded to 8 bits; where no instruction multiplies bytes, the same integers take 16
+_float32, _bfloat16 = float_product('float32'), float_product('bfloat16')
+_int8, _int4 = integer_product('int8', 2), integer_product('int4', 2)
+share_coarse_int8, share_coarse_int4 = integer_product('int8', COARSE_BYTES), integer_product('int4', COARSE_BYTES)
+quantize_int8, quantize_int4 = quantizer('int8', 2, 32767), quantizer('int4', 2, 32767)
+quantize_coarse_int8, quantize_coarse_int4 = quantizer('int8', COARSE_BYTES, 127), quantizer('int4', COARSE_BYTES, 127)
 SHARES = {'float32': _float32, 'bfloat16': _bfloat16, 'int8': _int8, 'int4': _int4}
 PRODUCT = 'void(f4[:, ::1], u1[:, ::1], f4[:, ::1], i8)'  # x [tokens, in], w [panels, bytes], y [tokens, out], threads
 
@@ -211,22 +244,43 @@ def multiply_bfloat16(x, w, y, threads):
 
 @shared_kernel(PRODUCT)
 def multiply_int8(x, w, y, threads):
-    """y = x · W."""
-    q, scale, total = new_integers(x)
+    """y = x · W, x in 16 bits."""
+    q, scale, total = new_integers(x, 2)
     for thread in prange(threads):
-        quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
+        quantize_int8(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):
         _int8(q, scale, total, w, y, np.int64(thread), threads)
 
 
 @shared_kernel(PRODUCT)
 def multiply_int4(x, w, y, threads):
-    """y = x · W."""
-    q, scale, total = new_integers(x)
+    """y = x · W, x in 16 bits."""
+    q, scale, total = new_integers(x, 2)
     for thread in prange(threads):
-        quantize(x, q, scale, total, len(x) * np.int64(thread) // threads, len(x) * (np.int64(thread) + 1) // threads)
+        quantize_int4(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):
         _int4(q, scale, total, w, y, np.int64(thread), threads)
 
 
+@shared_kernel(PRODUCT)
+def coarse_int8(x, w, y, threads):
+    """y = x · W, x in 8 bits."""
+    q, scale, total = new_integers(x, COARSE_BYTES)
+    for thread in prange(threads):
+        quantize_coarse_int8(x, q, scale, total, np.int64(thread), threads)
+    for thread in prange(threads):
+        share_coarse_int8(q, scale, total, w, y, np.int64(thread), threads)
+
+
+@shared_kernel(PRODUCT)
+def coarse_int4(x, w, y, threads):
+    """y = x · W, x in 8 bits."""
+    q, scale, total = new_integers(x, COARSE_BYTES)
+    for thread in prange(threads):
+        quantize_coarse_int4(x, q, scale, total, np.int64(thread), threads)
+    for thread in prange(threads):
+        share_coarse_int4(q, scale, total, w, y, np.int64(thread), threads)
+
+
 MULTIPLY = {'float32': multiply_float32, 'bfloat16': multiply_bfloat16, 'int8': multiply_int8, 'int4': multiply_int4}
+COARSE = {'int8': coarse_int8, 'int4': coarse_int4}  # for activations rounded to int8

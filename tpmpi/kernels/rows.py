@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tpmpi.kernels.jit import helper
-from tpmpi.kernels.tiles import F32, GROUP, I16, I32, I64, LANES, PARTS, VF, WIDTH, Emit
+from tpmpi.kernels.tiles import F32, GROUP, I8, I16, I32, I64, LANES, ORDER, PARTS, VF, WIDTH, Emit
 
 NOTHING = float('-inf')  # the score of a key that is not seen
 
@@ -180,15 +180,17 @@ def row_squares(typing_context, address, panels):
     return types.float32(types.int64, types.int64), emit
 
 
-@intrinsic
-def row_quantize(typing_context, x, q, scale, total, groups):
-    """Groups of 32 float32 as int16 with a scale each, the largest at 32767; total: the sum of what each group became.
+def row_quantize(kind: str, x_bytes: int, levels: int):
+    """quantize(x, q, scale, total, groups): groups of 32 float32 as int16 (in tiles.ORDER) or int8 with a scale each.
 
+    The largest of a group becomes `levels`.  total: for weights of int4 the sum of what the group became, float32, which
+    their offset multiplies; for those of int8, which are stored as q + 128, -128 times the sum of the integers, int32.
     A NaN or an infinity makes the scale of its group one (a NaN counts as the largest), and so every sum with it.
     """
     def emit(context, builder, signature, args):
         e, b, (x, q, scale, total, groups) = Emit(builder), builder, args
-        whole, halves = ir.VectorType(I32, WIDTH), ir.VectorType(I16, WIDTH)
+        whole, narrow = ir.VectorType(I32, WIDTH), ir.VectorType(I16 if x_bytes == 2 else I8, WIDTH)
+        order = [i // 4 * 4 + ORDER[i % 4] for i in range(WIDTH)] if x_bytes == 2 else list(range(WIDTH))
         with cgutils.for_range(b, groups) as loop:
             values = [e.load(e.at(x, (loop.index, 4 * GROUP), 4 * i), VF, 4) for i in range(0, GROUP, WIDTH)]
             largest = ir.Constant(whole, [0] * WIDTH)
@@ -196,7 +198,7 @@ def row_quantize(typing_context, x, q, scale, total, groups):
                 size = b.and_(b.bitcast(value, whole), e.splat(I32(0x7FFFFFFF)))
                 largest = b.select(b.icmp_signed('>', size, largest), size, largest)
             step = b.bitcast(e.call(f'llvm.vector.reduce.smax.v{WIDTH}i32', largest, result=I32), F32)
-            step = b.fmul(step, F32(1 / 32767))
+            step = b.fmul(step, F32(1 / levels))
             usable = b.and_(b.fcmp_ordered('>', step, F32(1e-37)), b.fcmp_ordered('<', step, F32(float('inf'))))
             factor = e.splat(b.fdiv(F32(1.0), b.select(usable, step, F32(1.0))))
             usable = e.splat(usable)
@@ -205,10 +207,16 @@ def row_quantize(typing_context, x, q, scale, total, groups):
                 value = b.select(usable, b.fmul(value, factor), ir.Constant(VF, [0.0] * WIDTH))
                 value = b.fptosi(e.call(f'llvm.rint.v{WIDTH}f32', value), whole)
                 whole_sum = b.add(whole_sum, value)
-                e.store(b.trunc(value, halves), e.at(q, (loop.index, 2 * GROUP), 2 * i * WIDTH))
+                value = b.shuffle_vector(value, ir.Constant(whole, ir.Undefined), ir.Constant(whole, order))
+                e.store(b.trunc(value, narrow), e.at(q, (loop.index, x_bytes * GROUP), x_bytes * i * WIDTH), x_bytes)
             whole_sum = e.call(f'llvm.vector.reduce.add.v{WIDTH}i32', whole_sum, result=I32)
             at = b.mul(loop.index, I64(4))
             e.store(step, b.add(scale, at))
-            e.store(b.fmul(step, b.sitofp(whole_sum, F32)), b.add(total, at))
+            more = b.mul(whole_sum, I32(-128)) if kind == 'int8' else b.fmul(step, b.sitofp(whole_sum, F32))
+            e.store(more, b.add(total, at))
         return context.get_dummy_value()
-    return types.void(*[types.int64] * 5), emit
+
+    @intrinsic
+    def quantize(typing_context, x, q, scale, total, groups):
+        return types.void(*[types.int64] * 5), emit
+    return quantize

@@ -6,14 +6,16 @@ number of rows, panels, ranks or vector lanes.  Layouts of a panel, [steps along
 
     float32    [k, 16]
     bfloat16   [k/2, 16, 2]      pairs along k, as the matrix units of CPUs want them
-    int8       [k/32] groups of [16, 16, 2] int8, then 16 scales
-    int4       [k/32] groups of [4, 16] 32-bit words, then 16 scales, then 16 offsets
+    int8       [k/32] groups of [8, 16, 4] q + 128 as bytes, then 16 scales
+    int4       [k/32] groups of [4, 16, 4] bytes, then 16 scales, then 16 offsets
 
-Bits 4j to 4j + 3 of a word of int4 are the weight at k = 2j, bits 16 + 4j to 19 + 4j the one at k = 2j + 1.
+Byte i of four in int4 holds the weight at k = i in its low bits, the one at k = 4 + i in its high ones.
 
-The integer kinds take x as int16 with a scale per 32 (see `rows.row_quantize`): products of a group are summed exactly
-in 32 bits (127 * 32767 * 32 < 2^31), then scaled once.  The error, 2^-16 of the largest of 32 neighbours, is far below
-that of the weights, and the multiplier of 16-bit pairs does twice as many products as that of float32.
+The integer kinds take x as integers with a scale per 32 (see `rows.row_quantize`): products of a group are summed exactly
+in 32 bits (255 * 32767 * 32 < 2^31), then scaled once.  Where x has 16 bits, its error, 2^-16 of the largest of 32
+neighbours, is far below that of the weights, and the multiplier of 16-bit pairs does twice as many products as that of
+float32.  With 8 bits, on request, the one of bytes does four times as many.  Quads of bytes serve both: the even ones of
+a vector are pairs of 16 bits by a mask, the odd ones by a shift, if x has the elements of four in the order 0, 2, 1, 3.
 
 The functions here emit LLVM's vector instructions, because Numba alone would keep the sums in memory.
 """
@@ -25,17 +27,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tpmpi.kernels.jit import HALVES, VNNI, WIDTH, X86
+from tpmpi.kernels.jit import HALVES, MATRIX_UNITS, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
 PARTS = LANES // WIDTH  # vectors in a panel's row
 HALF_BYTES = 2 if HALVES else 4  # of a scale or an offset
 PER_STEP = {'float32': 1, 'bfloat16': 2}  # weights along k that lie together for one output
+X_STEP = {'float32': 4, 'bfloat16': 8, 'pairs': 4}  # bytes of a row of x in a step; pairs: x is bfloat16, too
+ORDER = (0, 2, 1, 3)  # of four elements of x in 16 bits
 GROUP_VALUES = {'int8': GROUP * LANES, 'int4': GROUP * LANES // 2}  # bytes, without the scales
 GROUP_BYTES = {'int8': GROUP_VALUES['int8'] + LANES * HALF_BYTES, 'int4': GROUP_VALUES['int4'] + 2 * LANES * HALF_BYTES}
 
 I8, I16, I32, I64, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
-VF, VI, VH, VB = (ir.VectorType(t, n) for t, n in ((F32, WIDTH), (I32, WIDTH), (I16, 2 * WIDTH), (I8, 2 * WIDTH)))
+VF, VI, VH = (ir.VectorType(t, n) for t, n in ((F32, WIDTH), (I32, WIDTH), (I16, 2 * WIDTH)))
 HALF = ir.VectorType(F16, WIDTH) if HALVES else VF
 PMADDWD = {4: 'llvm.x86.sse2.pmadd.wd', 8: 'llvm.x86.avx2.pmadd.wd', 16: 'llvm.x86.avx512.pmaddw.d.512'}[WIDTH]
 
@@ -59,8 +63,8 @@ class Emit:
     def load(self, address, kind, align):
         return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
 
-    def store(self, value, address):
-        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+    def store(self, value, address, align=4):
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
 
     def splat(self, scalar):
         """One scalar in all lanes."""
@@ -82,7 +86,8 @@ class Emit:
     def add_pairs(self, total, a, b):
         """total plus two neighbouring products of 16-bit integers, in 32 bits."""
         if VNNI:
-            return self.call(f'llvm.x86.avx512.vpdpwssd.{32 * WIDTH}', total, self.b.bitcast(a, VI), self.b.bitcast(b, VI))
+            return self.call(f'llvm.x86.avx512.vpdpwssd.{32 * WIDTH}', total, a, b)
+        a, b = self.b.bitcast(a, VH), self.b.bitcast(b, VH)
         if X86:
             return self.b.add(total, self.call(PMADDWD, a, b, result=VI))
         wide = ir.VectorType(I32, 2 * WIDTH)
@@ -90,6 +95,22 @@ class Emit:
         nothing = ir.Constant(wide, ir.Undefined)
         even, odd = (self.b.shuffle_vector(product, nothing, ir.Constant(VI, list(range(i, 2 * WIDTH, 2)))) for i in (0, 1))
         return self.b.add(total, self.b.add(even, odd))
+
+    def add_quads(self, total, a, b):
+        """total plus four neighbouring products of a's unsigned and b's signed bytes, in 32 bits; needs VNNI."""
+        return self.call(f'llvm.x86.avx512.vpdpbusd.{32 * WIDTH}', total, a, b)
+
+    def add_bfloat16(self, total, a, b):
+        """total plus two neighbouring products of bfloat16."""
+        if MATRIX_UNITS == 'avx512bf16':
+            return self.call(f'llvm.x86.avx512bf16.dpbf16ps.{32 * WIDTH}', total, a, b)
+        (a0, a1), (b0, b1) = self.halves(a), self.halves(b)
+        return self.fma(a0, b0, self.fma(a1, b1, total))
+
+    def halves(self, bits):
+        """Pairs of bfloat16 as two vectors of float32."""
+        low, high = self.b.shl(bits, self.splat(I32(16))), self.b.and_(bits, self.splat(I32(0xFFFF0000)))
+        return self.b.bitcast(low, VF), self.b.bitcast(high, VF)
 
     def widen(self, address):
         """WIDTH scales, as stored in a panel, as float32."""
@@ -119,7 +140,10 @@ def outer_product(rows, columns, depth, x_at, w_at, add):
 
 
 def float_tile(kind: str, rows: int, panels: int):
-    """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel): addresses, and strides in bytes."""
+    """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel): addresses, and strides in bytes.
+
+    kind: of the weights, and pairs: weights and x are bfloat16.
+    """
     columns = panels * PARTS
 
     def emit(context, builder, signature, args):
@@ -133,20 +157,18 @@ def float_tile(kind: str, rows: int, panels: int):
             for v in range(columns):
                 b.store(e.load(ys[r][v], VF, 4), sums[r][v])
         with cgutils.for_range(b, steps) as loop:
-            each = PER_STEP[kind]
-
             def x_at(r, j):
-                return e.splat(e.load(e.at(xs[r], (loop.index, 4 * each), 4 * j), F32, 4))
+                return e.splat(e.load(e.at(xs[r], (loop.index, X_STEP[kind]), 4 * j), I32 if kind == 'pairs' else F32, 4))
 
             def w_at(v):
                 bits = e.load(e.at(ws[v // PARTS], (loop.index, w_step), v % PARTS * WIDTH * 4), VI, 4)
-                values = [bits] if each == 1 else [b.shl(bits, e.splat(I32(16))), b.and_(bits, e.splat(I32(0xFFFF0000)))]
-                return [b.bitcast(value, VF) for value in values]
+                return {'float32': lambda: [b.bitcast(bits, VF)], 'bfloat16': lambda: e.halves(bits), 'pairs': lambda: [bits]}[kind]()
 
             def add(r, v, j, xk, value):
-                b.store(e.fma(xk, value, b.load(sums[r][v])), sums[r][v])
+                total = b.load(sums[r][v])
+                b.store(e.add_bfloat16(total, xk, value) if kind == 'pairs' else e.fma(xk, value, total), sums[r][v])
 
-            outer_product(rows, columns, each, x_at, w_at, add)
+            outer_product(rows, columns, PER_STEP.get(kind, 1), x_at, w_at, add)
         for r in range(rows):
             for v in range(columns):
                 e.store(b.load(sums[r][v]), ys[r][v])
@@ -158,44 +180,60 @@ def float_tile(kind: str, rows: int, panels: int):
     return tile
 
 
-def integer_tile(kind: str, rows: int, panels: int):
+def integer_tile(kind: str, rows: int, panels: int, x_bytes: int):
     """tile(x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel): addresses, and strides in bytes.
 
-    x: int16; scale, total: float32 per group of x, the scale and the sum of the group (for the offsets of the weights).
+    x: int16 or, x_bytes 1, int8; scale: float32 of each group of x; total: what its sum adds (see `rows.row_quantize`).
+    The sums of all groups stay in registers where there are enough of them.
     """
-    columns = panels * PARTS
+    columns, held = panels * PARTS, WIDTH == 16
 
     def emit(context, builder, signature, args):
         e, (x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel) = Emit(builder), args
         b = builder
         ys = [[e.at(y, (y_row, r), (y_panel, v // PARTS), v % PARTS * WIDTH * 4) for v in range(columns)] for r in range(rows)]
-        sums = e.variables(VI, rows, columns)
+        sums, floats = e.variables(VI, rows, columns), e.variables(VF, rows, columns)
+        each = [(r, v) for r in range(rows) for v in range(columns)]
+        for r, v in each if held else ():
+            b.store(e.load(ys[r][v], VF, 4), floats[r][v])
         with cgutils.for_range(b, groups) as loop:
-            xg = [e.at(x, (x_row, r), (loop.index, 2 * GROUP)) for r in range(rows)]
+            xg = [e.at(x, (x_row, r), (loop.index, x_bytes * GROUP)) for r in range(rows)]
             wg = [e.at(w, (w_panel, p), (loop.index, GROUP_BYTES[kind])) for p in range(panels)]
+
+            def of_group(array, r, scalar):
+                return e.splat(e.load(e.at(array, (scale_row, r), (loop.index, 4)), scalar, 4))
+
             for r in range(rows):
+                first = of_group(total, r, I32) if kind == 'int8' else ir.Constant(VI, [0] * WIDTH)
                 for v in range(columns):
-                    b.store(ir.Constant(VI, [0] * WIDTH), sums[r][v])
-            pairs = 4 if kind == 'int4' else 1  # in one load of weights
-            with cgutils.for_range(b, I64(GROUP // 2 // pairs)) as inner:
+                    b.store(first, sums[r][v])
+            values = 8 if kind == 'int4' else 4  # of an output in one load of weights
+            words = values * x_bytes // 4  # of 32 bits of x that meet them
+            with cgutils.for_range(b, I64(GROUP // values)) as inner:
                 def x_at(r, j):
-                    return b.bitcast(e.splat(e.load(e.at(xg[r], (inner.index, 4 * pairs), 4 * j), I32, 4)), VH)
+                    return e.splat(e.load(e.at(xg[r], (inner.index, 4 * words), 4 * j), I32, 4))
 
                 def w_at(v):
-                    return group_pairs(e, kind, wg[v // PARTS], inner.index, v % PARTS)
+                    return group_quads(e, kind, wg[v // PARTS], inner.index, v % PARTS, x_bytes)
 
                 def add(r, v, j, xk, value):
-                    b.store(e.add_pairs(b.load(sums[r][v]), value, xk), sums[r][v])
+                    more = e.add_quads if x_bytes == 1 else e.add_pairs
+                    b.store(more(b.load(sums[r][v]), value, xk), sums[r][v])
 
-                outer_product(rows, columns, pairs, x_at, w_at, add)
-            for r in range(rows):
-                x_scale, x_total = (e.splat(e.load(e.at(a, (scale_row, r), (loop.index, 4)), F32, 4)) for a in (scale, total))
-                for v in range(columns):
-                    w_scale, w_offset = group_scales(e, kind, wg[v // PARTS], v % PARTS)
-                    value = e.load(ys[r][v], VF, 4)
+                outer_product(rows, columns, words, x_at, w_at, add)
+            for v in range(columns):
+                w_scale, w_offset = group_scales(e, kind, wg[v // PARTS], v % PARTS)
+                for r in range(rows):
+                    value = b.load(floats[r][v]) if held else e.load(ys[r][v], VF, 4)
                     if w_offset is not None:
-                        value = e.fma(w_offset, x_total, value)
-                    e.store(e.fma(b.sitofp(b.load(sums[r][v]), VF), b.fmul(w_scale, x_scale), value), ys[r][v])
+                        value = e.fma(w_offset, of_group(total, r, F32), value)
+                    value = e.fma(b.sitofp(b.load(sums[r][v]), VF), b.fmul(w_scale, of_group(scale, r, F32)), value)
+                    if held:
+                        b.store(value, floats[r][v])
+                    else:
+                        e.store(value, ys[r][v])
+        for r, v in each if held else ():
+            e.store(b.load(floats[r][v]), ys[r][v])
         return context.get_dummy_value()
 
     @intrinsic
@@ -204,15 +242,30 @@ def integer_tile(kind: str, rows: int, panels: int):
     return tile
 
 
-def group_pairs(e: Emit, kind: str, group, index, part: int) -> list:
-    """The pairs of 16-bit weights of one step along k for WIDTH outputs."""
-    b = e.b
+def group_quads(e: Emit, kind: str, group, index, part: int, x_bytes: int) -> list:
+    """One load of weights for WIDTH outputs, unsigned: as vectors of four bytes, or as pairs of 16 bits in the ORDER of x."""
+    b, words = e.b, e.load(e.at(group, (index, LANES * 4), part * WIDTH * 4), VI, 4)
+    if x_bytes == 1:
+        low = e.splat(I32(0x0F0F0F0F))
+        return [words] if kind == 'int8' else [b.and_(words, low), b.and_(b.lshr(words, e.splat(I32(4))), low)]
+    shifts, bits = ((0, 8), 0x00FF00FF) if kind == 'int8' else ((0, 8, 4, 12), 0x000F000F)
+    pairs = []
+    for shift in shifts:
+        if shift == 16 - bits.bit_count() // 2:  # the upper bits of each 16: a shift alone leaves zeros above them
+            moved = b.lshr(b.bitcast(words, VH), ir.Constant(VH, [shift] * 2 * WIDTH))
+            pairs.append(b.bitcast(moved, VI))
+        else:
+            pairs.append(b.and_(b.lshr(words, e.splat(I32(shift))) if shift else words, e.splat(I32(bits))))
+    return pairs
+
+
+def group_values(e: Emit, kind: str, group, index, part: int) -> list:
+    """The q of one load of weights for WIDTH outputs, k ascending, as int32."""
+    b, words = e.b, e.load(e.at(group, (index, LANES * 4), part * WIDTH * 4), VI, 4)
     if kind == 'int8':
-        return [b.sext(e.load(e.at(group, (index, LANES * 2), part * WIDTH * 2), VB, 1), VH)]
-    words = e.load(e.at(group, (index, LANES * 4), part * WIDTH * 4), VI, 4)
-    nibbles = e.splat(I32(0x000F000F))
-    low = [b.and_(b.lshr(words, e.splat(I32(4 * j))) if j else words, nibbles) for j in range(3)]
-    return [b.bitcast(value, VH) for value in low] + [b.lshr(b.bitcast(words, VH), ir.Constant(VH, [12] * 2 * WIDTH))]
+        each = [b.and_(b.lshr(words, e.splat(I32(8 * i))), e.splat(I32(255))) for i in range(4)]
+        return [b.sub(q, e.splat(I32(128))) for q in each]
+    return [b.and_(b.lshr(words, e.splat(I32(8 * i + high))), e.splat(I32(15))) for high in (0, 4) for i in range(4)]
 
 
 def group_scales(e: Emit, kind: str, group, part: int):
