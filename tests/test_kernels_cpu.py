@@ -140,6 +140,24 @@ def test_rounded_activations_are_bfloat16_values():
         np.testing.assert_array_equal(rounding.linear(x, weight)[0, :2], np.float32(expected))
 
 
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_activations_of_8_bits(kind):
+    """Each group of 32 is rounded to 127 steps of its largest; beyond that the products are as exact as ever, for any rows."""
+    coarse, rng = Kernels(activations='int8'), np.random.default_rng(5)
+    coarse.build(coarse.needed_for([kind]))
+    stored = encode(rng.standard_normal((150, 96)).astype(np.float32), kind)
+    weight, w = pack(coarse, stored, 2), decode(stored).astype(np.float64).T
+    x = rng.standard_normal((23, 96)).astype(np.float32)
+    groups = x.astype(np.float64).reshape(23, 3, 32)
+    step = np.abs(groups).max(2, keepdims=True) / 127
+    rounded = (np.rint(groups / step) * step).reshape(23, 96)
+    y = coarse.linear(x, weight)
+    assert (np.abs(y - rounded @ w) <= 2e-6 * (np.abs(rounded) @ np.abs(w))).all()
+    assert np.abs(y - x @ w).max() > 1e-3  # they are rounded indeed
+    for tokens in (1, 2, 3, 4, 5, 6, 11):
+        np.testing.assert_array_equal(coarse.linear(x[:tokens].copy(), weight), y[:tokens])
+
+
 @SMALL
 @given(kind=st.sampled_from(WEIGHT_KINDS), first=st.integers(0, 40), rows=st.integers(1, 60), seed=st.integers(0, 5))
 def test_embedding_gives_each_rank_its_rows_and_zeros(kind, first, rows, seed):

@@ -254,7 +254,7 @@ class RunConfig:
     verify: bool = False  # check the file's checksums while loading
     weights: str | None = None  # kind of the matrices in memory; None: as in the file
     kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy; auto: a GPU's own, else cpu where there is Numba
-    activations: str = 'float32'  # what they may be rounded to where they meet such weights
+    activations: str = 'float32'  # what they may be rounded to for such weights
     sinks: int = 0  # first tokens that attention sees besides the context
     collective: str = 'auto'  # how an all-reduce of GPU memory is carried: see collectives.py
     share_gpu: bool = False  # several ranks may compute on one GPU
@@ -270,8 +270,8 @@ class RunConfig:
             raise ConfigError(f'sinks is {self.sinks}; expected 0 to {1 << 16} tokens')
         if self.sinks and self.context is None:
             raise ConfigError(f'sinks is {self.sinks}; they need a context that rolls (--context N)')
-        for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS), ('activations', ACTIVATION_DTYPES),
-                            ('collective', COLLECTIVES), ('weights', (None, *WEIGHT_KINDS))):
+        for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS),
+                            ('activations', ACTIVATION_DTYPES), ('collective', COLLECTIVES), ('weights', (None, *WEIGHT_KINDS))):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from tpmpi.kernels.elementwise import narrow
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
 from tpmpi.kernels.rows import row_cap, row_exp, row_max
-from tpmpi.kernels.tiles import LANES, PER_STEP, keep
+from tpmpi.kernels.tiles import LANES, PER_STEP, X_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
 MOST_ROWS, FEWEST_ROWS = 16, 4  # queries of one block
@@ -98,8 +99,18 @@ def softmax_row(s, pieces, position, window, cap, sinks):
 
 
 def _attention(kind: str):
-    """share(…) for a cache of float32 or bfloat16."""
-    add_panels, each = float_panels(kind), PER_STEP[kind]
+    """share(…) for a cache of float32 or bfloat16; pairs: of bfloat16, which Q and the exponentials are rounded to as well."""
+    add_panels, each, pairs = float_panels(kind), PER_STEP.get(kind, 2), kind == 'pairs'
+    x_bytes = X_STEP[kind] // each
+
+    @helper
+    def taken(x):
+        """x as the products take it."""
+        if not pairs:
+            return x
+        rounded = np.empty(x.shape, np.uint16)
+        narrow(x, rounded, 0, 1)
+        return rounded
 
     @helper
     def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
@@ -118,27 +129,31 @@ def _attention(kind: str):
             for h in range(heads):
                 for i in range(dim):
                     x[row * heads + h, i] = q[first_row + row, head + h, i] * scale
+        x = taken(x)
         xa, sa, oa, ka, va = x.ctypes.data, s.ctypes.data, out.ctypes.data, k.ctypes.data, v.ctypes.data
         panel = even * LANES * 4 // each
         for piece in range(len(pieces)):
             column, slot = pieces[piece, 0], pieces[piece, 3]
-            add(xa, 4 * even, m, ka + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2]), even // each,
-                sa + 4 * column, 4 * width)
+            add(xa, x_bytes * even, m, ka + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2]),
+                even // each, sa + 4 * column, 4 * width)
         factor = np.empty(m, np.float32)
         for i in range(m):
             factor[i] = softmax_row(s[i], pieces, position + i // heads, window, cap, sinks)
+        p = taken(s)
+        pa = p.ctypes.data
         for piece in range(len(pieces)):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             begin, end = slot // each * each, -(-last // each) * each
             for at in range(begin, end, V_ROWS):
-                add(sa + 4 * (column + begin % LANES + at - begin), 4 * width, m, va + at * wide * 4 // each, LANES * 4, wide * 4,
-                    wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
+                add(pa + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, va + at * wide * 4 // each,
+                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
         for row in range(rows):
             for h in range(heads):
                 for i in range(dim):
                     b[first_row + row, head + h, i] = out[row * heads + h, i] * factor[row * heads + h]
         keep(x)
         keep(s)
+        keep(p)
         keep(k)
         keep(v)
 
@@ -162,7 +177,7 @@ def _attention(kind: str):
     return share
 
 
-_float32, _bfloat16 = _attention('float32'), _attention('bfloat16')
+_float32, _bfloat16, _pairs = _attention('float32'), _attention('bfloat16'), _attention('pairs')
 TYPES = 'i8[:, ::1], i8[:, ::1], i8[::1], i8, i8, f4, f4, i8, f4[:, :, ::1], i8'
 
 
@@ -183,3 +198,10 @@ def attend_bfloat16(q, k, v, groups, table, blocks, block, window, scale, cap, s
     """The same from a cache of bfloat16."""
     for t in prange(threads):
         _bfloat16(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)
+
+
+@shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
+def attend_pairs(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
+    """The same in products of bfloat16, where activations may be rounded."""
+    for t in prange(threads):
+        _pairs(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)

@@ -37,8 +37,8 @@ class Kernels:
         self.threads, self.rounded = threads, activations == 'bfloat16'
         self.recent = Recent()
         coarse = activations == 'int8'
-        pairs = matrix_units.PAIRS if self.rounded else {}
-        self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | pairs  # by kind of weight
+        self.pairs = matrix_units.PAIRS if self.rounded else {}
+        self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | self.pairs  # by kind of weight
         self.expert_products = mixture.MULTIPLY | (mixture.COARSE if coarse else {})
         self.units = {k: unit for k, unit in matrix_units.TILES.items() if not (coarse and k in products.COARSE)}  # for many rows
 
@@ -49,7 +49,7 @@ class Kernels:
         found += {'head': [e.norm_heads], 'all': [e.head_squares, e.scale_columns], 'none': []}[config.qk_norm]
         found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp]
         found += [e.softcap] if config.logit_softcap is not None else []
-        found += [getattr(e, f'rope_append_{kv_dtype}'), getattr(attention, f'attend_{kv_dtype}')]
+        found += [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype)]
         if config.num_experts:
             found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(self.expert_products[kind] for kind in kinds)]
         return found + self.needed_for(kinds)
@@ -165,12 +165,13 @@ class Kernels:
         if weight.in_features == 0:  # a rank without heads adds nothing
             y[:] = 0
         else:
-            self._product(x, weight)(self._input(x, weight), weight.data, y, self.threads)
+            product = self._product(x, weight)
+            product(self._input(x, weight, product), weight.data, y, self.threads)
         return y
 
-    def _input(self, x, weight: Weight):
-        """x as a product takes it: rounded where that was chosen, and even along k."""
-        if self.rounded and weight.kind == 'bfloat16':
+    def _input(self, x, weight: Weight, product):
+        """x as a product takes it: even along k, and rounded where that was chosen and the product does not."""
+        if self.rounded and weight.kind == 'bfloat16' and product is not matrix_units.pairs_bfloat16:
             x, given = np.empty_like(x), x
             elementwise.round_bfloat16(given, x)
         return _even(x, weight)
@@ -194,11 +195,15 @@ class Kernels:
                sinks: int = 0):
         """B = softmax(scale Q K^T) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
         b = np.empty(q.shape, np.float32)
-        run = attention.attend_float32 if cache.k.dtype == np.float32 else attention.attend_bfloat16
+        run = self._attention('float32' if cache.k.dtype == np.float32 else 'bfloat16')
         tables = self.recent.of(segments, _tables)  # all layers of a group ask for the same
         run(q, cache.k, cache.v, _bounds(query_groups), *tables, segments[0].ring.block,
             EVERYWHERE if window is None else window, scale, cap or 0, sinks, b, self.threads)
         return b.reshape(len(q), -1)
+
+    def _attention(self, kv_dtype: str):
+        """The kernel for a cache; in pairs where there is a unit for them and activations may be rounded."""
+        return attention.attend_pairs if self.pairs and kv_dtype == 'bfloat16' else getattr(attention, f'attend_{kv_dtype}')
 
     @staticmethod
     def activate(x, kind: str):
@@ -262,8 +267,9 @@ class Kernels:
         if last - first == 1:
             return self.linear(x, self.expert(weights, first))
         y = np.empty((len(x), weights.out_features), np.float32)
-        self.expert_products[weights.kind](self._input(x, weights), starts[first:last + 1] - starts[first], weights.data[first:last],
-                                       y, self.threads)
+        product = self.expert_products[weights.kind]
+        product(self._input(x, weights, product), starts[first:last + 1] - starts[first], weights.data[first:last], y,
+                self.threads)
         return y
 
     # ---- the head

@@ -154,6 +154,14 @@ def bfloat16(x):
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
+@helper
+def narrow(x, parts, t, threads):
+    """Thread t's rows of x as bfloat16."""
+    for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
+        for i in range(x.shape[1]):
+            parts[m, i] = bfloat16(x[m, i])
+
+
 @kernel('void(f4[:, ::1], f4[:, ::1])')
 def round_bfloat16(x, y):
     """y = x, rounded to bfloat16."""

@@ -1,7 +1,8 @@
-"""Products of many rows by the matrix units of CPUs, which multiply pairs of bfloat16 and add them in float32.
+"""Products by the matrix units of CPUs, which multiply pairs of bfloat16 and add them in float32.
 
     amx         tiles of 16 rows by 16 outputs by 32 along k (Intel, since Sapphire Rapids): every kind but float32
-    avx512bf16  pairs in vectors (Intel since Cooper Lake, AMD since Zen 4): rounded activations, bfloat16 weights
+    avx512bf16  pairs in vectors (Intel since Cooper Lake, AMD since Zen 4): rounded activations and bfloat16 weights or
+                cache, any number of rows; see products.py and attention.py
     emulated    both by ordinary instructions, on any CPU: the tests
 
 A float32 is nearly the sum of two bfloat16, a high and a low part: 16 bits of its 24.  So x, unless it was rounded to
@@ -20,7 +21,8 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tpmpi.kernels.elementwise import bfloat16
+from tpmpi.kernels import products
+from tpmpi.kernels.elementwise import bfloat16, narrow
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
 from tpmpi.kernels.products import PRODUCT, float_product
 from tpmpi.kernels.tiles import (
@@ -39,7 +41,6 @@ from tpmpi.kernels.tiles import (
     group_scales,
     group_values,
     keep,
-    outer_product,
 )
 
 FEWEST_ROWS = 8  # below, the ordinary kernels read the weights as fast as memory gives them
@@ -284,17 +285,6 @@ def tile_product(kind: str):
     return share
 
 
-# ---- products in pairs
-
-
-@helper
-def narrow(x, parts, t, threads):
-    """Thread t's rows of x as bfloat16."""
-    for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
-        for i in range(x.shape[1]):
-            parts[m, i] = bfloat16(x[m, i])
-
-
 # ---- entry points; x [tokens, k], k a multiple of 32
 
 
@@ -343,15 +333,18 @@ PAIRS = {'bfloat16': pairs_bfloat16} if MATRIX_UNITS == 'avx512bf16' else {}  # 
 def self_check() -> bool:
     """Whether the unit gives what the ordinary kernels give, on this very CPU; the caller risks its life."""
     from tpmpi.kernels.cpu import Kernels
-    from tpmpi.weights import encode
+    from tpmpi.weights import decode, encode
     rng, right = np.random.default_rng(0), True
     for kind in {**TILES, **PAIRS}:
-        ops = Kernels(activations='bfloat16' if PAIRS else 'float32')
-        ops.build(ops.needed_for([kind]))
+        ops, plain = Kernels(activations='bfloat16' if PAIRS else 'float32'), products.MULTIPLY[kind]
+        ops.build([*ops.needed_for([kind]), plain])
         stored = encode(rng.standard_normal((70, 96)).astype(np.float32), kind)
         weight = ops.new_weight(70, 96, False, kind, 'W')
         ops.fill(weight, 0, stored)
         x = rng.standard_normal((37, 96)).astype(np.float32)
-        many, few = ops.linear(x, weight), np.concatenate([ops.linear(row[None], weight) for row in x])
-        right &= bool(np.abs(many - few).max() < 1e-3 * np.abs(few).max())
+        if PAIRS:
+            x = decode(encode(x, 'bfloat16'))
+        found, expected = ops.linear(x, weight), np.empty((37, 70), np.float32)
+        plain(x, weight.data, expected, 1)
+        right &= bool(np.abs(found - expected).max() < 1e-3 * np.abs(expected).max())
     return right

@@ -152,7 +152,8 @@ def coarse_int8(x, starts, w, y, threads):
         for i in range(len(w)):
             first, last = starts[i], starts[i + 1]
             if first < last:
-                share_coarse_int8(q[first:last], scale[first:last], total[first:last], w[i], y[first:last], np.int64(thread), threads)
+                share_coarse_int8(q[first:last], scale[first:last], total[first:last], w[i], y[first:last],
+                                  np.int64(thread), threads)
 
 
 @shared_kernel(PRODUCTS)
@@ -165,7 +166,8 @@ def coarse_int4(x, starts, w, y, threads):
         for i in range(len(w)):
             first, last = starts[i], starts[i + 1]
             if first < last:
-                share_coarse_int4(q[first:last], scale[first:last], total[first:last], w[i], y[first:last], np.int64(thread), threads)
+                share_coarse_int4(q[first:last], scale[first:last], total[first:last], w[i], y[first:last],
+                                  np.int64(thread), threads)
 
 
 MULTIPLY = {'float32': multiply_float32, 'bfloat16': multiply_bfloat16, 'int8': multiply_int8, 'int4': multiply_int4}

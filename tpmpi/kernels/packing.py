@@ -55,7 +55,8 @@ def pack_int8(raw, scale, transposed, at, w):
     for i in range(raw.shape[0]):
         for j in range(raw.shape[1]):
             out, k = place(i, j, at, transposed)
-            w[out // LANES, k // GROUP * size + k % GROUP // 4 * (4 * LANES) + out % LANES * 4 + k % 4] = raw[i, j] ^ np.uint8(128)
+            byte = k // GROUP * size + k % GROUP // 4 * (4 * LANES) + out % LANES * 4 + k % 4
+            w[out // LANES, byte] = raw[i, j] ^ np.uint8(128)
     pack_scales(scale, transposed, at, w, size, INT8_SCALES)
 
 

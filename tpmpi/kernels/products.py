@@ -74,7 +74,8 @@ def float_panels(kind: str):
         return float_tile(kind, rows, panels)
 
     near_panels, far_panels = (NEAR_PAIRS, FAR_PAIRS) if kind == 'bfloat16' else (NEAR, FAR)
-    near, last, wide, most = strips(tile, near_panels), strips(tile, dict.fromkeys(near_panels, 1)), near_panels[1], max(near_panels)
+    near, last = strips(tile, near_panels), strips(tile, dict.fromkeys(near_panels, 1))
+    wide, most = near_panels[1], max(near_panels)
     far, together = near if far_panels is near_panels else strips(tile, far_panels), panels_of_far(far_panels)
     each = PER_STEP.get(kind, 2)
     block, x_step = K_BLOCK // each, X_STEP[kind]

@@ -162,7 +162,7 @@ def float_tile(kind: str, rows: int, panels: int):
 
             def w_at(v):
                 bits = e.load(e.at(ws[v // PARTS], (loop.index, w_step), v % PARTS * WIDTH * 4), VI, 4)
-                return {'float32': lambda: [b.bitcast(bits, VF)], 'bfloat16': lambda: e.halves(bits), 'pairs': lambda: [bits]}[kind]()
+                return [bits] if kind == 'pairs' else e.halves(bits) if kind == 'bfloat16' else [b.bitcast(bits, VF)]
 
             def add(r, v, j, xk, value):
                 total = b.load(sums[r][v])
