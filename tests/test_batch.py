@@ -252,7 +252,7 @@ def written(output) -> int:
 
 
 def test_the_same_command_goes_on_however_the_last_one_ended(reciter, nine_heads, tmp_path):
-    count, output = 150, tmp_path / 'out.jsonl'
+    count, output = 500, tmp_path / 'out.jsonl'  # more than a fast machine does until the last strike
     lines = write_lines(tmp_path / 'in.jsonl', reciting(count))
     options = ('--model', reciter, '--input', lines, '--output', output, '--max-sequences', 1)
 

@@ -11,7 +11,7 @@ pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
 
 from tpmpi.config import ModelConfig
 from tpmpi.kernels import cpu, reference
-from tpmpi.weights import WEIGHT_KINDS, encode
+from tpmpi.weights import WEIGHT_KINDS, decode, encode
 
 ops = cpu.Kernels()
 CONFIG = ModelConfig(64, 64, 1, 1, 1, 64, 64, 9, num_experts=4, experts_per_token=2, expert_ffn_size=64)
@@ -67,6 +67,8 @@ def test_experts_are_those_of_the_reference_kernels(kinds, count, each, hidden, 
         if rounded:
             kernels = cpu.Kernels(activations='bfloat16')
         e = kernels.experts(a, choice, shares, up, down, 'silu')
+    if rounded and kinds[0] == 'bfloat16':  # what is left is the rounding of D
+        a = decode(encode(a, 'bfloat16'))
     expected = reference.experts(a, choice, shares, *theirs, 'silu')
     assert e.shape == expected.shape and e.flags.c_contiguous
     np.testing.assert_allclose(e, expected, atol=(2e-2 if rounded else 2e-4) * np.abs(expected).max(initial=1))
