@@ -90,3 +90,19 @@ def test_experts_of_a_token_give_the_same_bits_with_any_number_of_others(kind, m
         np.testing.assert_array_equal(few, np.concatenate(alone))
     monkeypatch.setattr(cpu, 'ROWS_TOGETHER', 11)
     np.testing.assert_array_equal(ops.experts(a, choice, shares, up, down, 'gelu_tanh'), whole)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_experts_of_activations_of_8_bits(kind, monkeypatch):
+    """All experts in one pass give the bits of one product after another, and nearly the numbers of the reference kernels."""
+    coarse, rng = cpu.Kernels(activations='int8'), np.random.default_rng(8)
+    coarse.build([*coarse.needed(CONFIG, [kind], 'float32')])
+    (up, down), theirs = mixture_of(rng, (coarse, reference), 4, 96, 64, (kind, kind))
+    a, scores = (rng.standard_normal((21, n)).astype(np.float32) for n in (96, 4))
+    choice, shares = coarse.route(scores, 2, True)
+    together = coarse.experts(a, choice, shares, up, down, 'silu')
+    monkeypatch.setattr(cpu, 'ROWS_TOGETHER', 1)
+    np.testing.assert_array_equal(coarse.experts(a, choice, shares, up, down, 'silu'), together)
+    expected = reference.experts(a, choice, shares, *theirs, 'silu')
+    size = np.abs(expected).max()
+    assert 1e-4 * size < np.abs(together - expected).max() < 3e-2 * size

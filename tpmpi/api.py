@@ -102,8 +102,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     'bfloat16' for the KV cache; None is bfloat16 with int8 and int4 weights, which it costs nothing (data/quality.py), and
     float32 otherwise.  verify: check the file's checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
-    'reference' (NumPy), or 'auto'.  activations: 'bfloat16' or 'int8', what the kernels for many rows may round them to
-    where they meet bfloat16, or int8 and int4, weights.
+    'reference' (NumPy), or 'auto'.  activations: 'bfloat16' or 'int8', what the kernels may round them to where
+    they meet bfloat16, or int8 and int4, weights.
     share_prefixes: prompts that begin alike are computed once.  collective: 'mpi', 'staged', 'nccl' or 'auto', how sums of
     GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  group: the communicator of
     the ranks that share this copy of the model, where not all of the session's ranks do.
