@@ -19,6 +19,7 @@ import ctypes
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -302,8 +303,12 @@ def _check_same_model(seen: list) -> None:
 
 def _end_all_ranks(session, before):
     """An uncaught exception on one rank of a script must not leave the others waiting."""
-    def hook(kind, error, traceback):
-        before(kind, error, traceback)
+    def hook(kind, error, trace):
+        if before is sys.__excepthook__:  # which writes piece by piece, and another rank's words would come between
+            sys.stderr.write(''.join(traceback.format_exception(kind, error, trace)))
+            sys.stderr.flush()
+        else:
+            before(kind, error, trace)
         if session.comm.size > 1:
             session.watch.failed(error)
     return hook
