@@ -17,7 +17,7 @@ from numba import prange
 from tpmpi.kernels.elementwise import narrow
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
-from tpmpi.kernels.rows import row_cap, row_exp, row_max
+from tpmpi.kernels.rows import floats, row_cap, row_exp, row_max
 from tpmpi.kernels.tiles import LANES, PER_STEP, X_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
@@ -52,11 +52,11 @@ def runs_of(blocks, pinned, block, sinks, oldest, stop):
 
 
 @helper
-def pieces_of(runs, sinks, low, high):
+def pieces_of(runs, sinks, low, high, unit):
     """The parts of the runs with positions below `sinks` and from low to high - 1, ascending.
 
-    [pieces, 4] column of the scores, position, keys, first slot.  A piece takes whole panels of 16 columns; the slot of
-    a column is then the same modulo 16, whatever low is.
+    [pieces, 4] column of the scores, position, keys, first slot.  A piece takes whole panels of `unit` columns, 16 or a
+    multiple; the slot of a column is then the same modulo `unit`, whatever low is.
     """
     pieces = np.empty((2 * len(runs), 4), np.int64)
     n = width = 0
@@ -67,35 +67,40 @@ def pieces_of(runs, sinks, low, high):
             if first < last:
                 slot = runs[run, 0] + first - runs[run, 2]
                 pieces[n, 0], pieces[n, 1], pieces[n, 2], pieces[n, 3] = width, first, last - first, slot
-                width += panels_of(slot, last - first) * LANES
+                width += panels_of(slot, last - first, unit) * unit
                 n += 1
     return pieces[:n].copy(), width
 
 
 @helper
-def panels_of(slot, count):
-    """Panels that hold `count` slots from `slot` on."""
-    return (slot + count - 1) // LANES - slot // LANES + 1
+def panels_of(slot, count, unit):
+    """Panels of `unit` slots that hold `count` slots from `slot` on."""
+    return (slot + count - 1) // unit - slot // unit + 1
 
 
 @helper
-def softmax_row(s, pieces, position, window, cap, sinks):
-    """exp(s - max) of the keys that a query sees, 0 elsewhere, in the scores' columns; returns 1 / sum."""
-    hidden = f32(-np.inf)
-    at, panels = s.ctypes.data, len(s) // LANES
+def hide(scores, first, last):
+    """No key is seen in the columns from first to last - 1 of a row of scores, an address."""
+    if first < last:
+        part = floats(scores + 4 * first, last - first)
+        for i in range(last - first):
+            part[i] = f32(-np.inf)
+
+
+@helper
+def mask_row(scores, width, pieces, position, window, cap, sinks, unit):
+    """Caps a row of scores, an address, and hides the keys that a query does not see; returns the largest that is left."""
     if cap > 0:
-        row_cap(at, panels, cap)
+        row_cap(scores, width // LANES, cap)
     for piece in range(len(pieces)):
-        column, first, count, skip = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3] % LANES
+        column, first, count, skip = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3] % unit
         kept = min(count, max(0, sinks - first))  # the window hides none of these
         low = min(count, max(0, position - window + 1 - first))
         high = max(low, min(count, position + 1 - first))
-        s[column:column + skip] = hidden
-        s[column + skip + kept:column + skip + max(kept, low)] = hidden
-        s[column + skip + high:column + panels_of(pieces[piece, 3], count) * LANES] = hidden
-    total = row_exp(at, panels, row_max(at, panels))
-    keep(s)
-    return f32(1) / total
+        hide(scores, column, column + skip)
+        hide(scores, column + skip + kept, column + skip + low)
+        hide(scores, column + skip + high, column + panels_of(pieces[piece, 3], count, unit) * unit)
+    return row_max(scores, width // LANES)
 
 
 def _attention(kind: str):
@@ -122,7 +127,7 @@ def _attention(kind: str):
         dim = q.shape[2]
         wide, even = -(-dim // LANES) * LANES, -(-dim // each) * each
         low, high = max(oldest, position - window + 1), position + rows  # positions that some row sees
-        pieces, width = pieces_of(runs, sinks, low, high)
+        pieces, width = pieces_of(runs, sinks, low, high, LANES)
         m = rows * heads
         x, s, out = np.zeros((m, even), np.float32), np.zeros((m, width), np.float32), np.zeros((m, wide), np.float32)
         for row in range(rows):
@@ -134,11 +139,13 @@ def _attention(kind: str):
         panel = even * LANES * 4 // each
         for piece in range(len(pieces)):
             column, slot = pieces[piece, 0], pieces[piece, 3]
-            add(xa, x_bytes * even, m, ka + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2]),
+            add(xa, x_bytes * even, m, ka + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES),
                 even // each, sa + 4 * column, 4 * width)
         factor = np.empty(m, np.float32)
         for i in range(m):
-            factor[i] = softmax_row(s[i], pieces, position + i // heads, window, cap, sinks)
+            row = sa + 4 * width * i
+            top = mask_row(row, width, pieces, position + i // heads, window, cap, sinks, LANES)
+            factor[i] = f32(1) / row_exp(row, width // LANES, top)
         p = taken(s)
         pa = p.ctypes.data
         for piece in range(len(pieces)):

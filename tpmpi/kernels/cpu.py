@@ -12,13 +12,25 @@ from functools import lru_cache
 import numpy as np
 
 from tpmpi.config import ModelConfig
-from tpmpi.kernels import attention, elementwise, jit, matrix_units, mixture, packing, products, reference
+from tpmpi.kernels import (
+    alignment,
+    attention,
+    attention_tiles,
+    elementwise,
+    jit,
+    matrix_units,
+    mixture,
+    packing,
+    products,
+    reference,
+)
 from tpmpi.kernels.jit import HALVES
 from tpmpi.kernels.recent import Recent
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
 
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.uint8, 'int4': np.uint8}  # a panel seen as these
+SLOTS = 2 * LANES  # of the cache that a kernel may read together
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
@@ -40,7 +52,8 @@ class Kernels:
         self.pairs = matrix_units.PAIRS if self.rounded else {}
         self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | self.pairs  # by kind of weight
         self.expert_products = mixture.MULTIPLY | (mixture.COARSE if coarse else {})
-        self.units = {k: unit for k, unit in matrix_units.TILES.items() if not (coarse and k in products.COARSE)}  # for many rows
+        units, rounded = matrix_units.TILES, matrix_units.ROUNDED_TILES
+        self.units = units | (rounded if self.rounded else {k: rounded[k] for k in products.COARSE if k in rounded and coarse})
 
     def needed(self, config: ModelConfig, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
@@ -49,7 +62,7 @@ class Kernels:
         found += {'head': [e.norm_heads], 'all': [e.head_squares, e.scale_columns], 'none': []}[config.qk_norm]
         found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp]
         found += [e.softcap] if config.logit_softcap is not None else []
-        found += [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype)]
+        found += [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim)]
         if config.num_experts:
             found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(self.expert_products[kind] for kind in kinds)]
         return found + self.needed_for(kinds)
@@ -80,7 +93,7 @@ class Kernels:
         else:
             assert k % GROUP == 0
             size = k // GROUP * GROUP_BYTES[kind]
-        data = np.zeros((count, -(-outputs // LANES), size), np.uint8)
+        data = alignment.zeros((count, -(-outputs // LANES), size), np.uint8)
         if self.threads > 1:
             for matrix in data:
                 packing.touch(matrix, self.threads)
@@ -171,14 +184,14 @@ class Kernels:
 
     def _input(self, x, weight: Weight, product):
         """x as a product takes it: even along k, and rounded where that was chosen and the product does not."""
-        if self.rounded and weight.kind == 'bfloat16' and product is not matrix_units.pairs_bfloat16:
+        if self.rounded and weight.kind == 'bfloat16' and product not in matrix_units.ROUNDING:
             x, given = np.empty_like(x), x
             elementwise.round_bfloat16(given, x)
         return _even(x, weight)
 
     def _product(self, x, weight: Weight):
         """The kernel for so many rows: the matrix units, where there are any, or the ordinary one."""
-        if len(x) >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.STEP == 0:
+        if len(x) >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.TILE_K == 0:
             return self.units.get(weight.kind, self.products[weight.kind])
         return self.products[weight.kind]
 
@@ -195,14 +208,16 @@ class Kernels:
                sinks: int = 0):
         """B = softmax(scale Q K^T) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
         b = np.empty(q.shape, np.float32)
-        run = self._attention('float32' if cache.k.dtype == np.float32 else 'bfloat16')
+        run = self._attention('float32' if cache.k.dtype == np.float32 else 'bfloat16', q.shape[2])
         tables = self.recent.of(segments, _tables)  # all layers of a group ask for the same
         run(q, cache.k, cache.v, _bounds(query_groups), *tables, segments[0].ring.block,
             EVERYWHERE if window is None else window, scale, cap or 0, sinks, b, self.threads)
         return b.reshape(len(q), -1)
 
-    def _attention(self, kv_dtype: str):
-        """The kernel for a cache; in pairs where there is a unit for them and activations may be rounded."""
+    def _attention(self, kv_dtype: str, head_dim: int):
+        """The kernel for a cache; in the matrix units where there are any for it."""
+        if kv_dtype == 'bfloat16' and matrix_units.HAS_TILES and head_dim % matrix_units.TILE_K == 0:
+            return attention_tiles.attend_rounded if self.rounded else attention_tiles.attend_tiles
         return attention.attend_pairs if self.pairs and kv_dtype == 'bfloat16' else getattr(attention, f'attend_{kv_dtype}')
 
     @staticmethod
@@ -298,8 +313,9 @@ class Kernels:
     def new_cache(kv_heads: int, slots: int, head_dim: int, kv_dtype: str, xp=np):
         """One layer's K and V; each [kv_heads/n, slots, head_dim] in attention.py's order, and filled up as that says."""
         dtype, even = (np.float32, head_dim) if kv_dtype == 'float32' else (np.uint16, head_dim + head_dim % 2)
-        slots = -(-slots // LANES) * LANES
-        return np.zeros((kv_heads, slots, even), dtype), np.zeros((kv_heads, slots, -(-head_dim // LANES) * LANES), dtype)
+        slots = -(-slots // SLOTS) * SLOTS
+        wide = -(-head_dim // LANES) * LANES
+        return alignment.zeros((kv_heads, slots, even), dtype), alignment.zeros((kv_heads, slots, wide), dtype)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tpmpi.kernels.jit import helper, kernel
-from tpmpi.kernels.rows import exp, floats, row_exp, row_max, row_squares, row_sum, tanh
+from tpmpi.kernels.rows import exp, floats, row_exp, row_max, row_squares, row_sum, row_turn, tanh
 from tpmpi.kernels.tiles import LANES, bits_of, float_of, keep
 
 f32 = np.float32
@@ -171,60 +171,87 @@ def round_bfloat16(x, y):
 
 
 @helper
-def turn(x, cos, sin, rope, y):
-    """One head, its first len(cos) numbers turned by RoPE if there is one.  x, y: [head_dim]"""
-    if not rope:
-        y[:] = x
-        return
-    dim, half = len(cos), len(cos) // 2
-    for i in range(half):
-        y[i] = x[i] * cos[i] + x[half + i] * sin[i]
-    for i in range(half, dim):
-        y[i] = x[i] * cos[i] + x[i - half] * sin[i]
-    for i in range(dim, len(x)):
-        y[i] = x[i]
+def turn(x, cos, sin, count, dim, y):
+    """One head, [dim], its first `count` numbers turned by RoPE, which may be none.  Addresses."""
+    row_turn(x, cos, sin, y, count // 2)
+    if count < dim:
+        rest, to = floats(x + 4 * count, dim - count), floats(y + 4 * count, dim - count)
+        for i in range(dim - count):
+            to[i] = rest[i]
+
+
+@helper
+def turn_queries(qkv, cos, sin, rope, q):
+    """The first columns of the fused projection, turned, as Q."""
+    heads, dim = q.shape[1], q.shape[2]
+    count = cos.shape[1] if rope else 0
+    for t in range(len(qkv)):
+        x, y = qkv.ctypes.data + 4 * t * qkv.shape[1], q.ctypes.data + 4 * t * heads * dim
+        table = 4 * t * cos.shape[1]
+        for head in range(heads):
+            turn(x + 4 * head * dim, cos.ctypes.data + table, sin.ctypes.data + table, count, dim, y + 4 * head * dim)
+    keep(qkv)
+    keep(q)
 
 
 @kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1])')
 def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values):
     """Q turned; K, turned, and V into the cache (see attention.py for its layout)."""
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
+    turn_queries(qkv, cos, sin, rope, q)
     k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
-    wide = -(-dim // LANES) * LANES
+    wide, count = -(-dim // LANES) * LANES, cos.shape[1] if rope else 0
     turned = np.empty(dim, np.float32)
     for t in range(len(qkv)):
-        row, slot = qkv[t], slots[t]
-        for head in range(heads):
-            turn(row[head * dim:(head + 1) * dim], cos[t], sin[t], rope, q[t, head])
+        x, table, slot = qkv.ctypes.data + 4 * t * qkv.shape[1], 4 * t * cos.shape[1], slots[t]
+        panel = slot // LANES * (dim * LANES) + slot % LANES
         for head in range(kv_heads):
             at_k, at_v = (heads + head) * dim, (heads + kv_heads + head) * dim
-            panel = slot // LANES * (dim * LANES) + slot % LANES
-            turn(row[at_k:at_k + dim], cos[t], sin[t], rope, turned)
+            turn(x + 4 * at_k, cos.ctypes.data + table, sin.ctypes.data + table, count, dim, turned.ctypes.data)
             for i in range(dim):
                 k[head, panel + i * LANES] = turned[i]
+            row = floats(x + 4 * at_v, dim)
             for i in range(dim):
-                v[head, slot * wide + i] = row[at_v + i]
+                v[head, slot * wide + i] = row[i]
+    keep(qkv)
+    keep(cos)
+    keep(sin)
+    keep(turned)
 
 
 @kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1])')
 def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values):
     """The same into a cache of bfloat16."""
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
-    k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
-    wide, even = -(-dim // LANES) * LANES, dim + dim % 2
-    turned = np.empty(dim, np.float32)
+    turn_queries(qkv, cos, sin, rope, q)
+    wide, even, count = -(-dim // LANES) * LANES, dim + dim % 2, cos.shape[1] if rope else 0
+    k, v = keys.reshape(kv_heads, -1).view(np.uint32), values.reshape(kv_heads, -1)
+    v_pairs = v.view(np.uint32)
+    turned, halves = np.zeros(even, np.float32), np.empty(even, np.uint16)
+    pairs = halves.view(np.uint32)
     for t in range(len(qkv)):
-        row, slot = qkv[t], slots[t]
-        for head in range(heads):
-            turn(row[head * dim:(head + 1) * dim], cos[t], sin[t], rope, q[t, head])
+        x, table, slot = qkv.ctypes.data + 4 * t * qkv.shape[1], 4 * t * cos.shape[1], slots[t]
+        panel = slot // LANES * (even // 2 * LANES) + slot % LANES
+        before, after = t > 0 and slots[t - 1] == slot - 1, t + 1 < len(qkv) and slots[t + 1] == slot + 1
         for head in range(kv_heads):
             at_k, at_v = (heads + head) * dim, (heads + kv_heads + head) * dim
-            panel = slot // LANES * (even * LANES) + slot % LANES * 2
-            turn(row[at_k:at_k + dim], cos[t], sin[t], rope, turned)
-            for i in range(dim):
-                k[head, panel + i // 2 * (2 * LANES) + i % 2] = bfloat16(turned[i])
-            for i in range(dim):
-                v[head, slot // 2 * (2 * wide) + 2 * i + slot % 2] = bfloat16(row[at_v + i])
+            turn(x + 4 * at_k, cos.ctypes.data + table, sin.ctypes.data + table, count, dim, turned.ctypes.data)
+            for i in range(even):  # in a loop of its own it vectorizes
+                halves[i] = bfloat16(turned[i])
+            for i in range(even // 2):
+                k[head, panel + i * LANES] = pairs[i]
+            row, place = floats(x + 4 * at_v, dim), slot // 2 * wide
+            if slot % 2 == 0 and after:  # this token's V and the next one's lie in pairs
+                other = floats(x + 4 * (qkv.shape[1] + at_v), dim)
+                for i in range(dim):
+                    v_pairs[head, place + i] = np.uint32(bfloat16(row[i])) | (np.uint32(bfloat16(other[i])) << np.uint32(16))
+            elif slot % 2 == 0 or not before:
+                for i in range(dim):
+                    v[head, 2 * (place + i) + slot % 2] = bfloat16(row[i])
+    keep(qkv)
+    keep(cos)
+    keep(sin)
+    keep(turned)
 
 
 @kernel('void(f4[:, ::1], f4[::1])')

@@ -1,34 +1,37 @@
 """Products by the matrix units of CPUs, which multiply pairs of bfloat16 and add them in float32.
 
-    amx         tiles of 16 rows by 16 outputs by 32 along k (Intel, since Sapphire Rapids): every kind but float32
+    amx         tiles of 16 rows by 16 outputs by 32 along k (Intel, since Sapphire Rapids): every kind of weights
     avx512bf16  pairs in vectors (Intel since Cooper Lake, AMD since Zen 4): rounded activations and bfloat16 weights or
                 cache, any number of rows; see products.py and attention.py
     emulated    both by ordinary instructions, on any CPU: the tests
 
-A float32 is nearly the sum of two bfloat16, a high and a low part: 16 bits of its 24.  So x, unless it was rounded to
-bfloat16 before, is multiplied as two parts, and an int8 or int4 weight, scale * q + offset, as two parts as well; the
-product of the low parts is left out.  Integer weights are widened panel by panel into a buffer that stays in the cache.
+A float32 is the sum of three bfloat16, and nearly that of two, which hold 16 bits of its 24.  So numbers are multiplied
+in parts, of which products of two low ones are left out:
 
-The layout of bfloat16 panels (tiles.py) is what the tiles want, so one packed copy serves one token and many.
-Source: Intel, Architecture Instruction Set Extensions Programming Reference, chapter 3.
+    weights                  parts of W, of x, products
+    float32                  3  3  6   float32's accuracy
+    bfloat16                 1  2  2
+    int8, int4               2  2  3   scale * q + offset has 19 bits or more
+    any but float32, rounded 1  1  1   where activations may be rounded
+
+The layout of bfloat16 panels (tiles.py) is what the tiles want, so one packed copy serves one token and many; other kinds
+are widened, two panels at a time, into a buffer that stays in the cache.  x is laid out in tiles before.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tpmpi.kernels import products
-from tpmpi.kernels.elementwise import bfloat16, narrow
+from tpmpi.kernels import amx, products
+from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, aligned, new_tiles, rows_in_tiles, tile_blocks
+from tpmpi.kernels.elementwise import narrow
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
 from tpmpi.kernels.products import PRODUCT, float_product
 from tpmpi.kernels.tiles import (
-    GROUP,
     GROUP_BYTES,
-    I8,
     I32,
     I64,
     LANES,
@@ -37,167 +40,55 @@ from tpmpi.kernels.tiles import (
     VI,
     WIDTH,
     Emit,
-    float_of,
     group_scales,
     group_values,
     keep,
 )
 
 FEWEST_ROWS = 8  # below, the ordinary kernels read the weights as fast as memory gives them
-ROWS, STEP, TILE = 32, 32, 1024  # rows of x in a pass, weights along k in a tile, bytes of a tile
-PAIR_BYTES = LANES * 4  # of a panel's step along k: 16 pairs of bfloat16
-f32 = np.float32
+X_BYTES = 1 << 19  # of x that meet two panels: a fourth of a second-level cache
+WIDENED_X_BYTES = 1 << 21  # where these are widened each time
 
 
-# ---- the instructions
+# ---- weights of other kinds as bfloat16
 
 
-def _tile_instruction(name: str, *tiles: int, arguments: int = 0):
-    """op(tiles, …): LLVM's intrinsic on tile registers; the first argument is for the emulation, the others int64."""
+def widen_panel(kind: str, count: int):
+    """widen(w, steps, target, part_bytes): a panel as one of bfloat16 for each part; addresses."""
     def emit(context, builder, signature, args):
-        values = [I8(t) for t in tiles]
-        if arguments:
-            values += [builder.inttoptr(args[1], I8.as_pointer()), *args[2:]]
-        kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
-        builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
-        return context.get_dummy_value()
+        e, b, (w, steps, target, part_bytes) = Emit(builder), builder, args
+        size = GROUP_BYTES.get(kind, TILE_K * ROW)
+        pairs = {'float32': 1, 'int8': 2, 'int4': 4}[kind]  # along k, in one load of weights
 
-    if arguments == 0:
-        @intrinsic
-        def op(typing_context, registers):
-            return types.void(registers), emit
-    elif arguments == 1:
-        @intrinsic
-        def op(typing_context, registers, address):
-            return types.void(registers, types.int64), emit
-    else:
-        @intrinsic
-        def op(typing_context, registers, address, stride):
-            return types.void(registers, types.int64, types.int64), emit
-    return op
+        def near(value):
+            """Rounded to the nearest; weights are finite."""
+            return b.and_(b.add(b.bitcast(value, VI), e.splat(I32(0x8000))), e.splat(I32(0xFFFF0000)))
 
-
-@intrinsic
-def _read(typing_context, address):
-    return types.int32(types.int64), lambda c, b, s, args: Emit(b).load(args[0], I32, 1)
-
-
-@intrinsic
-def _write(typing_context, address, value):
-    def emit(context, builder, signature, args):
-        Emit(builder).store(args[1], args[0])
-        return context.get_dummy_value()
-    return types.void(types.int64, types.int32), emit
-
-
-def _emulated(name: str, *t: int):
-    """The same instruction on registers in memory, [8 tiles, 16 rows, 16 words] int32."""
-    a, b, c = (*t, 0, 0, 0)[:3]
-
-    @helper
-    def zero(tiles):
-        tiles[a] = 0
-
-    @helper
-    def load(tiles, address, stride):
-        for row in range(16):
-            for i in range(16):
-                tiles[a, row, i] = _read(address + row * stride + 4 * i)
-
-    @helper
-    def store(tiles, address, stride):
-        for row in range(16):
-            for i in range(16):
-                _write(address + row * stride + 4 * i, tiles[a, row, i])
-
-    @helper
-    def dot(tiles):
-        values = tiles[a].view(np.float32)
-        for k in range(16):
-            for row in range(16):
-                for i in range(16):
-                    u, v = tiles[b, row, k], tiles[c, k, i]
-                    values[row, i] += (float_of(u << np.int32(16)) * float_of(v << np.int32(16))
-                                       + float_of(u & np.int32(-65536)) * float_of(v & np.int32(-65536)))
-
-    @helper
-    def nothing(tiles):
-        pass
-
-    @helper
-    def nothing_at(tiles, address):
-        pass
-
-    return {'tilezero': zero, 'tileloadd64': load, 'tilestored64': store, 'tdpbf16ps': dot, 'ldtilecfg': nothing_at,
-            'tilerelease': nothing}[name]
-
-
-def _instruction(name: str, *tiles: int, arguments: int = 0):
-    if MATRIX_UNITS == 'emulated':
-        return _emulated(name, *tiles)
-    return _tile_instruction('llvm.x86.' + name, *tiles, arguments=arguments)
-
-
-configure, release = _instruction('ldtilecfg', arguments=1), _instruction('tilerelease')
-zero0, zero1, zero2, zero3 = (_instruction('tilezero', t) for t in range(4))
-load4, load5, load6, load7 = (_instruction('tileloadd64', t, arguments=2) for t in range(4, 8))
-store0, store1, store2, store3 = (_instruction('tilestored64', t, arguments=2) for t in range(4))
-dot0, dot1, dot2, dot3 = (_instruction('tdpbf16ps', *t) for t in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)))
-
-
-# ---- numbers as high and low parts
-
-
-@helper
-def split(x):
-    """x [tokens, k] as bfloat16 in two parts, [2, tokens filled up to 32, k]; and how many of the two are not all zero."""
-    tokens, k = x.shape
-    parts, low = np.zeros((2, -(-tokens // ROWS) * ROWS, k), np.uint16), False
-    for m in range(tokens):
-        for i in range(k):
-            high = bfloat16(x[m, i])
-            rest = x[m, i] - float_of(np.int32(np.uint32(high) << np.uint32(16)))
-            parts[0, m, i] = high
-            parts[1, m, i] = bfloat16(rest)
-            low |= rest != 0
-    return parts, 2 if low else 1
-
-
-def widen_to_bfloat16(kind: str):
-    """widen(w, groups, high, low): a panel of int8 or int4 as two panels of bfloat16; addresses."""
-    def emit(context, builder, signature, args):
-        e, b, (w, groups, high, low) = Emit(builder), builder, args
-        steps = 4 if kind == 'int4' else 2  # pairs along k in one load of weights
-
-        def rounded(value):
-            """The bits of a float32, rounded to bfloat16 in their upper half; scales are finite, so there is no NaN."""
-            bits = b.bitcast(value, VI)
-            odd = b.and_(b.lshr(bits, e.splat(I32(16))), e.splat(I32(1)))
-            return b.and_(b.add(bits, b.add(odd, e.splat(I32(0x7FFF)))), e.splat(I32(0xFFFF0000)))
-
-        def pair(even, odd):
-            return b.or_(b.lshr(even, e.splat(I32(16))), odd)
-
-        with cgutils.for_range(b, groups) as loop:
-            source = e.at(w, (loop.index, GROUP_BYTES[kind]))
-            with cgutils.for_range(b, I64(GROUP // 2 // steps)) as inner:
-                for part in range(PARTS):
-                    scale, offset = group_scales(e, kind, source, part)
-                    values = group_values(e, kind, source, inner.index, part)
-                    for j in range(steps):
-                        highs, lows = [], []
-                        for q in values[2 * j:2 * j + 2]:
+        with cgutils.for_range(b, steps) as loop:
+            source = e.at(w, (loop.index, size))
+            with cgutils.for_range(b, I64(TILE_K // 2 // pairs)) as inner:
+                for lanes in range(PARTS):
+                    if kind == 'float32':
+                        at = e.at(source, (inner.index, 2 * ROW), lanes * WIDTH * 4)
+                        values = [e.load(at, VF, 4), e.load(e.at(at, ROW), VF, 4)]
+                    else:
+                        scale, offset = group_scales(e, kind, source, lanes)
+                        values = []
+                        for q in group_values(e, kind, source, inner.index, lanes):
                             q = b.sitofp(q, VF)
-                            value = b.fmul(q, scale) if offset is None else e.fma(q, scale, offset)
-                            highs.append(rounded(value))
-                            lows.append(rounded(b.fsub(value, b.bitcast(highs[-1], VF))))
-                        for target, halves in ((high, highs), (low, lows)):
-                            at = e.at(target, (loop.index, TILE), (inner.index, steps * PAIR_BYTES), j * PAIR_BYTES)
-                            e.store(pair(*halves), e.at(at, part * WIDTH * 4))
+                            values.append(b.fmul(q, scale) if offset is None else e.fma(q, scale, offset))
+                    for j in range(pairs):
+                        pair = values[2 * j:2 * j + 2]
+                        for part in range(count):
+                            bits = [near(v) for v in pair]
+                            at = e.at(target, (loop.index, TILE), (inner.index, pairs * ROW), (part_bytes, part),
+                                      j * ROW + lanes * WIDTH * 4)
+                            e.store(b.or_(b.lshr(bits[0], e.splat(I32(16))), bits[1]), at)
+                            pair = [b.fsub(v, b.bitcast(h, VF)) for v, h in zip(pair, bits, strict=True)]
         return context.get_dummy_value()
 
     @intrinsic
-    def widen(typing_context, w, groups, high, low):
+    def widen(typing_context, w, steps, target, part_bytes):
         return types.void(*[types.int64] * 4), emit
     return widen
 
@@ -205,82 +96,61 @@ def widen_to_bfloat16(kind: str):
 # ---- products in tiles
 
 
-@inlined
-def tile_block(tiles, x, x_part, x_row, x_parts, w, w_part, w_panel, w_parts, steps, out):
-    """out [32, 32] = 32 rows of x times two panels.  Addresses, strides in bytes; parts: 1 or 2, steps of 32 along k."""
-    zero0(tiles)
-    zero1(tiles)
-    zero2(tiles)
-    zero3(tiles)
-    for step in range(steps):
-        for p in range(w_parts):
-            load6(tiles, w + p * w_part + step * TILE, PAIR_BYTES)
-            load7(tiles, w + p * w_part + w_panel + step * TILE, PAIR_BYTES)
-            for q in range(max(1, x_parts - p)):  # low times low is left out
-                at = x + q * x_part + step * 2 * STEP
-                load4(tiles, at, x_row)
-                load5(tiles, at + ROWS // 2 * x_row, x_row)
-                dot0(tiles)
-                dot1(tiles)
-                dot2(tiles)
-                dot3(tiles)
-    row = 2 * LANES * 4
-    store0(tiles, out, row)
-    store1(tiles, out + LANES * 4, row)
-    store2(tiles, out + ROWS // 2 * row, row)
-    store3(tiles, out + ROWS // 2 * row + LANES * 4, row)
-
-
-def tile_product(kind: str):
-    """share(parts, x_parts, w, y, t, threads): the outputs of thread t."""
-    widen = None if kind == 'bfloat16' else widen_to_bfloat16(kind)
-    w_parts = 1 if kind == 'bfloat16' else 2
+def tile_product(kind: str, x_parts: int, w_parts: int):
+    """share(x, w, y, t, threads): the outputs of thread t; x as `rows_in_tiles` has it, w panels of `kind`."""
+    two, one = tile_blocks(x_parts, w_parts)
+    widened = kind != 'bfloat16'
+    x_bytes = WIDENED_X_BYTES if widened else X_BYTES
+    widen = widen_panel(kind, w_parts) if widened else None
 
     @inlined
-    def bfloat16_panel(w, groups, buffer, half):
-        return w
+    def panel_itself(w, steps, target, part_bytes):
+        pass
 
-    @inlined
-    def widened_panel(w, groups, buffer, half):
-        widen(w, groups, buffer, buffer + half)
-        return buffer
-
-    panel_of = bfloat16_panel if widen is None else widened_panel
+    fill = widen if widened else panel_itself
 
     @helper
-    def share(parts, x_parts, w, y, t, threads):
-        tokens, outputs, k = y.shape[0], y.shape[1], parts.shape[2]
-        panels, steps = len(w), k // STEP
-        half = 2 * steps * TILE  # of the buffer: the high parts of two panels
-        buffer = np.empty(2 * half if w_parts == 2 else 0, np.uint8)
-        out, tiles = np.empty((ROWS, 2 * LANES), np.float32), np.zeros((8, 16, 16), np.int32)
-        config = np.zeros(64, np.uint8)  # palette 1: eight tiles of 16 rows of 64 bytes
-        config[0] = 1
-        config[16:32:2] = 64
-        config[48:56] = 16
-        configure(tiles, config.ctypes.data)
+    def share(x, w, y, t, threads):
+        tokens, outputs, panels, row_tiles, steps = y.shape[0], y.shape[1], w.shape[0], x.shape[1], x.shape[2]
+        x_row, w_panel, out_row = steps * TILE, w.shape[1], 4 * outputs
+        x_part = row_tiles * x_row
+        w_part = 2 * steps * TILE  # of the buffer: one part of two panels
+        buffer = aligned(w_parts * w_part if widened else 0)
+        spare = aligned(2 * TILE_ROWS * 2 * ROW)  # for a block that does not fit y
+        numbers = spare.view(np.float32).reshape(2 * TILE_ROWS, 2 * LANES)
+        registers = amx.registers()
         pairs = (panels + 1) // 2
-        for pair in range(pairs * t // threads, pairs * (t + 1) // threads):
-            count = min(2, panels - 2 * pair)
-            first = panel_of(w.ctypes.data + 2 * pair * w.shape[1], steps, buffer.ctypes.data, half)
-            w_panel = w.shape[1]
-            if w_parts == 2:
-                w_panel = steps * TILE
-                if count == 2:
-                    panel_of(w.ctypes.data + (2 * pair + 1) * w.shape[1], steps, buffer.ctypes.data + w_panel, half)
-            for m in range(0, tokens, ROWS):
-                tile_block(tiles, parts.ctypes.data + 2 * m * k, 2 * parts.shape[1] * k, 2 * k, x_parts,
-                           first, half, w_panel if count == 2 else 0, w_parts, steps, out.ctypes.data)
-                width = min(count * LANES, outputs - 2 * pair * LANES)
-                for row in range(min(ROWS, tokens - m)):
-                    for i in range(width):
-                        y[m + row, 2 * pair * LANES + i] = out[row, i]
-        release(tiles)
-        keep(parts)
+        block = max(1, x_bytes // (x_parts * 2 * x_row)) * 2  # row tiles that stay in the cache while all panels pass
+        for first in range(0, row_tiles, block):
+            for pair in range(pairs * t // threads, pairs * (t + 1) // threads):
+                column = 2 * pair * LANES
+                width = min(2 * LANES, outputs - column)
+                at, panel = w.ctypes.data + 2 * pair * w_panel, w_panel
+                if widened:
+                    fill(at, steps, buffer.ctypes.data, w_part)
+                    if width > LANES:
+                        fill(at + w_panel, steps, buffer.ctypes.data + w_part // 2, w_part)
+                    at, panel = buffer.ctypes.data, w_part // 2
+                if width <= LANES:
+                    panel = 0  # the same panel twice
+                for m in range(first, min(first + block, row_tiles), 2):
+                    rows = min(2 * TILE_ROWS, tokens - m * TILE_ROWS)
+                    fits = width == 2 * LANES and rows % TILE_ROWS == 0
+                    out, row = y.ctypes.data + m * TILE_ROWS * out_row + 4 * column, out_row
+                    if not fits:
+                        out, row = spare.ctypes.data, 2 * ROW
+                    x_at = x.ctypes.data + m * x_row
+                    if m + 1 < row_tiles:
+                        two(registers, x_at, x_part, x_row, at, w_part, panel, TILE, ROW, steps, out, row, True)
+                    else:
+                        one(registers, x_at, x_part, at, w_part, panel, TILE, ROW, steps, out, row, True)
+                    if not fits:
+                        y[m * TILE_ROWS:m * TILE_ROWS + rows, column:column + width] = numbers[:rows, :width]
+        amx.release(registers)
+        keep(x)
         keep(w)
         keep(buffer)
-        keep(out)
-        keep(config)
+        keep(spare)
 
     return share
 
@@ -288,32 +158,81 @@ def tile_product(kind: str):
 # ---- entry points; x [tokens, k], k a multiple of 32
 
 
-_bfloat16, _int8, _int4 = map(tile_product, ('bfloat16', 'int8', 'int4'))
+_float32, _bfloat16 = tile_product('float32', 3, 3), tile_product('bfloat16', 2, 1)
+_int8, _int4 = tile_product('int8', 2, 2), tile_product('int4', 2, 2)
+_rounded_bfloat16, _rounded_int8, _rounded_int4 = (tile_product(kind, 1, 1) for kind in ('bfloat16', 'int8', 'int4'))
+_whole, _half, _third = (rows_in_tiles(parts) for parts in (1, 2, 3))
 _pairs = float_product('pairs')
+
+
+@shared_kernel(PRODUCT)
+def tiles_float32(x, w, y, threads):
+    """y = x · W in tiles."""
+    tiles = new_tiles(x, 3)
+    for t in prange(threads):
+        _third(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _float32(tiles, w, y, np.int64(t), threads)
 
 
 @shared_kernel(PRODUCT)
 def tiles_bfloat16(x, w, y, threads):
     """y = x · W in tiles."""
-    parts, used = split(x)
+    tiles = new_tiles(x, 2)
     for t in prange(threads):
-        _bfloat16(parts, used, w, y, np.int64(t), threads)
+        _half(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _bfloat16(tiles, w, y, np.int64(t), threads)
 
 
 @shared_kernel(PRODUCT)
 def tiles_int8(x, w, y, threads):
     """y = x · W in tiles."""
-    parts, used = split(x)
+    tiles = new_tiles(x, 2)
     for t in prange(threads):
-        _int8(parts, used, w, y, np.int64(t), threads)
+        _half(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _int8(tiles, w, y, np.int64(t), threads)
 
 
 @shared_kernel(PRODUCT)
 def tiles_int4(x, w, y, threads):
     """y = x · W in tiles."""
-    parts, used = split(x)
+    tiles = new_tiles(x, 2)
     for t in prange(threads):
-        _int4(parts, used, w, y, np.int64(t), threads)
+        _half(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _int4(tiles, w, y, np.int64(t), threads)
+
+
+@shared_kernel(PRODUCT)
+def rounded_bfloat16(x, w, y, threads):
+    """y = x · W in tiles, x rounded."""
+    tiles = new_tiles(x, 1)
+    for t in prange(threads):
+        _whole(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _rounded_bfloat16(tiles, w, y, np.int64(t), threads)
+
+
+@shared_kernel(PRODUCT)
+def rounded_int8(x, w, y, threads):
+    """y = x · W in tiles, both rounded."""
+    tiles = new_tiles(x, 1)
+    for t in prange(threads):
+        _whole(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _rounded_int8(tiles, w, y, np.int64(t), threads)
+
+
+@shared_kernel(PRODUCT)
+def rounded_int4(x, w, y, threads):
+    """y = x · W in tiles, both rounded."""
+    tiles = new_tiles(x, 1)
+    for t in prange(threads):
+        _whole(x, tiles, np.int64(t), threads)
+    for t in prange(threads):
+        _rounded_int4(tiles, w, y, np.int64(t), threads)
 
 
 @shared_kernel(PRODUCT)
@@ -326,8 +245,12 @@ def pairs_bfloat16(x, w, y, threads):
         _pairs(parts, w, y, np.int64(t), threads)
 
 
-TILES = {'bfloat16': tiles_bfloat16, 'int8': tiles_int8, 'int4': tiles_int4} if MATRIX_UNITS in ('amx', 'emulated') else {}
-PAIRS = {'bfloat16': pairs_bfloat16} if MATRIX_UNITS == 'avx512bf16' else {}  # for rounded activations
+HAS_TILES = MATRIX_UNITS in ('amx', 'emulated')
+TILES = {'float32': tiles_float32, 'bfloat16': tiles_bfloat16, 'int8': tiles_int8, 'int4': tiles_int4} if HAS_TILES else {}
+# for rounded activations: bfloat16 has the 8 bits that activations of int8 have
+ROUNDED_TILES = {'bfloat16': rounded_bfloat16, 'int8': rounded_int8, 'int4': rounded_int4} if HAS_TILES else {}
+PAIRS = {'bfloat16': pairs_bfloat16} if MATRIX_UNITS == 'avx512bf16' else {}
+ROUNDING = pairs_bfloat16, rounded_bfloat16  # of bfloat16 weights: they round x themselves
 
 
 def self_check() -> bool:
@@ -335,7 +258,7 @@ def self_check() -> bool:
     from tpmpi.kernels.cpu import Kernels
     from tpmpi.weights import decode, encode
     rng, right = np.random.default_rng(0), True
-    for kind in {**TILES, **PAIRS}:
+    for kind, unit in {**TILES, **PAIRS}.items():
         ops, plain = Kernels(activations='bfloat16' if PAIRS else 'float32'), products.MULTIPLY[kind]
         ops.build([*ops.needed_for([kind]), plain])
         stored = encode(rng.standard_normal((70, 96)).astype(np.float32), kind)
@@ -344,7 +267,8 @@ def self_check() -> bool:
         x = rng.standard_normal((37, 96)).astype(np.float32)
         if PAIRS:
             x = decode(encode(x, 'bfloat16'))
-        found, expected = ops.linear(x, weight), np.empty((37, 70), np.float32)
+        found, expected = np.empty((37, 70), np.float32), np.empty((37, 70), np.float32)
+        unit(x, weight.data, found, 1)
         plain(x, weight.data, expected, 1)
         right &= bool(np.abs(found - expected).max() < 1e-3 * np.abs(expected).max())
     return right

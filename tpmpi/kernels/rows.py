@@ -103,7 +103,7 @@ def _walk(e: Emit, address, panels, start: float, step):
     return [e.b.load(lane) for lane in lanes]
 
 
-def _fold(b, vectors, combine):
+def fold(b, vectors, combine):
     """The lanes of all vectors, combined in order."""
     values = [b.extract_element(v, I32(i)) for v in vectors for i in range(WIDTH)]
     result = values[0]
@@ -116,13 +116,27 @@ def _fold(b, vectors, combine):
 def row_max(typing_context, address, panels):
     """The largest of 16 * panels float32; a NaN is never the largest."""
     def emit(context, builder, signature, args):
-        e = Emit(builder)
+        e, (address, panels) = Emit(builder), args
+        at_once = 4  # a maximum depends on no order: it need not wait for the one before
 
         def larger(a, b):
             return builder.select(builder.fcmp_ordered('>', b, a), b, a)
 
-        lanes = _walk(e, *args, NOTHING, lambda lane, at: larger(lane, e.load(at, VF, 4)))
-        return _fold(builder, lanes, larger)
+        lanes = [lane for group in e.variables(VF, at_once, PARTS) for lane in group]
+        for lane in lanes:
+            builder.store(ir.Constant(VF, [NOTHING] * WIDTH), lane)
+        whole = builder.sdiv(panels, I64(at_once))
+        with cgutils.for_range(builder, whole) as loop:
+            for i, lane in enumerate(lanes):
+                at = e.at(address, (loop.index, at_once * LANES * 4), i * WIDTH * 4)
+                builder.store(larger(builder.load(lane), e.load(at, VF, 4)), lane)
+        rest = e.at(address, (whole, at_once * LANES * 4))
+        last = _walk(e, rest, builder.sub(panels, builder.mul(whole, I64(at_once))), NOTHING,
+                     lambda lane, at: larger(lane, e.load(at, VF, 4)))
+        most = last[0]
+        for other in [*last[1:], *(builder.load(lane) for lane in lanes)]:
+            most = larger(most, other)
+        return fold(builder, [most], larger)
     return types.float32(types.int64, types.int64), emit
 
 
@@ -139,7 +153,7 @@ def row_exp(typing_context, address, panels, top):
             e.store(p, at)
             return builder.fadd(lane, p)
 
-        return _fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
+        return fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
     return types.float32(types.int64, types.int64, types.float32), emit
 
 
@@ -162,7 +176,7 @@ def row_sum(typing_context, address, panels):
     """The sum of 16 * panels float32."""
     def emit(context, builder, signature, args):
         e = Emit(builder)
-        return _fold(builder, _walk(e, *args, 0.0, lambda lane, at: builder.fadd(lane, e.load(at, VF, 4))), builder.fadd)
+        return fold(builder, _walk(e, *args, 0.0, lambda lane, at: builder.fadd(lane, e.load(at, VF, 4))), builder.fadd)
     return types.float32(types.int64, types.int64), emit
 
 
@@ -176,7 +190,7 @@ def row_squares(typing_context, address, panels):
             x = e.load(at, VF, 4)
             return e.fma(x, x, lane)
 
-        return _fold(builder, _walk(e, *args, 0.0, add), builder.fadd)
+        return fold(builder, _walk(e, *args, 0.0, add), builder.fadd)
     return types.float32(types.int64, types.int64), emit
 
 
@@ -220,3 +234,26 @@ def row_quantize(kind: str, x_bytes: int, levels: int):
     def quantize(typing_context, x, q, scale, total, groups):
         return types.void(*[types.int64] * 5), emit
     return quantize
+
+
+@intrinsic
+def row_turn(typing_context, x, cos, sin, y, half):
+    """y = x cos + x' sin, where x' is x with its halves exchanged; 2 * half numbers each.  y may not be x."""
+    def emit(context, builder, signature, args):
+        e, b, (x, cos, sin, y, half) = Emit(builder), builder, args
+        far = b.mul(half, I64(4))
+
+        def step(at, kind):
+            fma = f'llvm.fmuladd.v{WIDTH}f32' if kind == VF else 'llvm.fmuladd.f32'
+            low, high = (e.load(e.at(x, at, part), kind, 4) for part in (I64(0), far))
+            for part, first, second in ((I64(0), low, high), (far, high, low)):
+                c, s = (e.load(e.at(table, at, part), kind, 4) for table in (cos, sin))
+                e.store(e.call(fma, first, c, b.fmul(second, s)), e.at(y, at, part))
+
+        whole = b.sdiv(half, I64(WIDTH))
+        with cgutils.for_range(b, whole) as loop:
+            step(b.mul(loop.index, I64(4 * WIDTH)), VF)
+        with cgutils.for_range(b, b.srem(half, I64(WIDTH))) as loop:
+            step(e.at(b.mul(whole, I64(4 * WIDTH)), (loop.index, 4)), F32)
+        return context.get_dummy_value()
+    return types.void(*[types.int64] * 5), emit

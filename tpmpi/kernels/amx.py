@@ -1,0 +1,286 @@
+"""The tile registers of Intel's CPUs since Sapphire Rapids, or the same in ordinary instructions, for tests on any CPU.
+
+Eight registers of 16 rows of 64 bytes.  A product adds to a tile of float32, [16, 16], that of one of bfloat16, [16, 32],
+and one of pairs along k, [16, 16, 2]: in 16 cycles what 16 vector instructions of pairs do.  A load that crosses cache
+lines takes several times as long: all that is loaded here lies on whole lines (`aligned`, alignment.py).
+
+Registers: 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights.  Every function takes the emulation's registers first.
+Source: Intel, Architecture Instruction Set Extensions Programming Reference, chapter 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tpmpi.kernels.alignment import LINE
+from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined
+from tpmpi.kernels.rows import NOTHING, exponential, fold
+from tpmpi.kernels.tiles import I8, I16, I32, PARTS, VF, VI, WIDTH, Emit, float_of, keep
+
+TILE_ROWS, TILE_K, TILE, ROW = 16, 32, 1024, 64  # rows of a tile, bfloat16 in one of them, bytes of a tile and of its rows
+NAN, NARROW = 0x7FC00000, ir.VectorType(I16, WIDTH)
+
+
+def _tile_instruction(name: str, *tiles: int, arguments: int = 0):
+    """op(registers, …): LLVM's intrinsic on tile registers; the other arguments are int64, the first of them an address."""
+    def emit(context, builder, signature, args):
+        values = [I8(t) for t in tiles]
+        if arguments:
+            values += [builder.inttoptr(args[1], I8.as_pointer()), *args[2:]]
+        kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
+        builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
+        return context.get_dummy_value()
+
+    if arguments == 0:
+        @intrinsic
+        def op(typing_context, registers):
+            return types.void(registers), emit
+    elif arguments == 1:
+        @intrinsic
+        def op(typing_context, registers, address):
+            return types.void(registers, types.int64), emit
+    else:
+        @intrinsic
+        def op(typing_context, registers, address, stride):
+            return types.void(registers, types.int64, types.int64), emit
+    return op
+
+
+@intrinsic
+def _read(typing_context, address):
+    return types.int32(types.int64), lambda c, b, s, args: Emit(b).load(args[0], I32, 1)
+
+
+@intrinsic
+def _write(typing_context, address, value):
+    def emit(context, builder, signature, args):
+        Emit(builder).store(args[1], args[0])
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int32), emit
+
+
+def _emulated(name: str, *t: int):
+    """The same instruction on registers in memory, [8 tiles, 16 rows, 16 words] int32."""
+    a, b, c = (*t, 0, 0, 0)[:3]
+
+    @helper
+    def zero(registers):
+        registers[a] = 0
+
+    @helper
+    def load(registers, address, stride):
+        for row in range(16):
+            for i in range(16):
+                registers[a, row, i] = _read(address + row * stride + 4 * i)
+
+    @helper
+    def store(registers, address, stride):
+        for row in range(16):
+            for i in range(16):
+                _write(address + row * stride + 4 * i, registers[a, row, i])
+
+    @helper
+    def dot(registers):
+        values = registers[a].view(np.float32)
+        for k in range(16):
+            for row in range(16):
+                for i in range(16):
+                    u, v = registers[b, row, k], registers[c, k, i]
+                    values[row, i] += (float_of(u << np.int32(16)) * float_of(v << np.int32(16))
+                                       + float_of(u & np.int32(-65536)) * float_of(v & np.int32(-65536)))
+
+    @helper
+    def nothing(registers):
+        pass
+
+    @helper
+    def nothing_at(registers, address):
+        pass
+
+    return {'tilezero': zero, 'tileloadd64': load, 'tilestored64': store, 'tdpbf16ps': dot, 'ldtilecfg': nothing_at,
+            'tilerelease': nothing}[name]
+
+
+def _instruction(name: str, *tiles: int, arguments: int = 0):
+    if MATRIX_UNITS == 'emulated':
+        return _emulated(name, *tiles)
+    return _tile_instruction('llvm.x86.' + name, *tiles, arguments=arguments)
+
+
+_configure, release = _instruction('ldtilecfg', arguments=1), _instruction('tilerelease')
+zero0, zero1, zero2, zero3 = (_instruction('tilezero', t) for t in range(4))
+load0, load1, load2, load3, load4, load5, load6, load7 = (_instruction('tileloadd64', t, arguments=2) for t in range(8))
+store0, store1, store2, store3 = (_instruction('tilestored64', t, arguments=2) for t in range(4))
+dot0, dot1, dot2, dot3 = (_instruction('tdpbf16ps', *t) for t in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)))
+
+
+@helper
+def registers():
+    """What every instruction takes first; the CPU's own registers, too, are ready then, until `release`."""
+    found = np.zeros((8, 16, 16) if MATRIX_UNITS == 'emulated' else (1, 1, 1), np.int32)
+    config = np.zeros(64, np.uint8)  # palette 1: eight tiles of 16 rows of 64 bytes
+    config[0] = 1
+    config[16:32:2] = 64
+    config[48:56] = 16
+    _configure(found, config.ctypes.data)
+    keep(config)
+    return found
+
+
+@helper
+def aligned(count):
+    """So many bytes on whole cache lines."""
+    raw = np.empty(count + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
+    return raw[start:start + count]
+
+
+# ---- numbers as sums of bfloat16
+
+
+def rounded(e: Emit, value):
+    """The bits of float32 numbers, rounded to the nearest bfloat16, ties to even, in their upper half; a NaN stays one."""
+    b, bits = e.b, e.b.bitcast(value, VI)
+    odd = b.and_(b.lshr(bits, e.splat(I32(16))), e.splat(I32(1)))
+    bits = b.and_(b.add(bits, b.add(odd, e.splat(I32(0x7FFF)))), e.splat(I32(0xFFFF0000)))
+    return b.select(b.fcmp_unordered('uno', value, value), e.splat(I32(NAN)), bits)
+
+
+def store_parts(e: Emit, value, count: int, place, part_bytes) -> None:
+    """A vector of float32 as `count` bfloat16 each, the parts so far apart in memory."""
+    b = e.b
+    for part in range(count):
+        bits = rounded(e, value)
+        e.store(b.trunc(b.lshr(bits, e.splat(I32(16))), NARROW), e.at(place, (part_bytes, part)), 2)
+        value = b.fsub(value, b.bitcast(bits, VF))
+
+
+def row_parts(count: int):
+    """split(x, target, part_bytes, steps): a row of 32 * steps float32 as so many bfloat16 each, in a row of tiles."""
+    def emit(context, builder, signature, args):
+        e, (x, target, part_bytes, steps) = Emit(builder), args
+        with cgutils.for_range(builder, steps) as loop:
+            for i in range(0, TILE_K, WIDTH):
+                value = e.load(e.at(x, (loop.index, 4 * TILE_K), 4 * i), VF, 4)
+                store_parts(e, value, count, e.at(target, (loop.index, TILE), 2 * i), part_bytes)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def split(typing_context, x, target, part_bytes, steps):
+        return types.void(*[types.int64] * 4), emit
+    return split
+
+
+def row_exp_parts(count: int):
+    """exponentials(scores, steps, top, target, part_bytes): e^(s - top) of 32 * steps float32, likewise; returns their sum.
+
+    The sum has sixteen lanes as in rows.py, and is that of the exponentials before they are rounded.
+    """
+    def emit(context, builder, signature, args):
+        e, b, (scores, steps, top, target, part_bytes) = Emit(builder), builder, args
+        lanes, most = e.variables(VF, 1, PARTS)[0], e.splat(top)
+        zero, nothing = ir.Constant(VF, [0.0] * WIDTH), ir.Constant(VF, [NOTHING] * WIDTH)
+        for lane in lanes:
+            b.store(zero, lane)
+        with cgutils.for_range(b, steps) as loop:
+            for i in range(0, TILE_K, WIDTH):
+                s, lane = e.load(e.at(scores, (loop.index, 4 * TILE_K), 4 * i), VF, 4), lanes[i // WIDTH % PARTS]
+                p = b.select(b.fcmp_ordered('==', s, nothing), zero, exponential(b, b.fsub(s, most)))
+                b.store(b.fadd(b.load(lane), p), lane)
+                store_parts(e, p, count, e.at(target, (loop.index, TILE), 2 * i), part_bytes)
+        return fold(b, [b.load(lane) for lane in lanes], b.fadd)
+
+    @intrinsic
+    def exponentials(typing_context, scores, steps, top, target, part_bytes):
+        return types.float32(types.int64, types.int64, types.float32, types.int64, types.int64), emit
+    return exponentials
+
+
+def rows_in_tiles(count: int):
+    """fill(x, tiles, t, threads): thread t's rows of x [tokens, k] as [parts, row tiles, steps, 1024 bytes]."""
+    split = row_parts(count)
+
+    @helper
+    def fill(x, tiles, t, threads):
+        steps, part = tiles.shape[2], tiles.shape[1] * tiles.shape[2] * TILE
+        for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
+            place = tiles.ctypes.data + m // TILE_ROWS * steps * TILE + m % TILE_ROWS * ROW
+            split(x.ctypes.data + 4 * m * x.shape[1], place, part, steps)
+        keep(x)
+        keep(tiles)
+
+    return fill
+
+
+@helper
+def new_tiles(x, parts):
+    """Room for x in tiles; rows after the last are whatever they are, and so is what they give."""
+    row_tiles, steps = -(-len(x) // TILE_ROWS), x.shape[1] // TILE_K
+    return aligned(parts * row_tiles * steps * TILE).reshape(parts, row_tiles, steps, TILE)
+
+# ---- products
+
+
+def tile_blocks(x_parts: int, w_parts: int):
+    """(two, one): out = two tiles' rows, or one's, of x times two panels; added to out where not `first`.
+
+    All are addresses, and strides in bytes: of x between parts and between rows of tiles; of w between parts, panels, steps
+    of 32 along k, and the tile's own rows; of out between rows.
+    """
+    most = max(x_parts, w_parts)
+
+    @inlined
+    def two(registers, x, x_part, x_row, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first):
+        if first:
+            zero0(registers)
+            zero1(registers)
+            zero2(registers)
+            zero3(registers)
+        else:
+            load0(registers, out, out_row)
+            load1(registers, out + ROW, out_row)
+            load2(registers, out + TILE_ROWS * out_row, out_row)
+            load3(registers, out + TILE_ROWS * out_row + ROW, out_row)
+        for step in range(steps):
+            for p in range(w_parts):
+                at = w + p * w_part + step * w_step
+                load6(registers, at, w_row)
+                load7(registers, at + w_panel, w_row)
+                for q in range(min(x_parts, most - p)):  # products of two low parts are left out
+                    at = x + q * x_part + step * TILE
+                    load4(registers, at, ROW)
+                    load5(registers, at + x_row, ROW)
+                    dot0(registers)
+                    dot1(registers)
+                    dot2(registers)
+                    dot3(registers)
+        store0(registers, out, out_row)
+        store1(registers, out + ROW, out_row)
+        store2(registers, out + TILE_ROWS * out_row, out_row)
+        store3(registers, out + TILE_ROWS * out_row + ROW, out_row)
+
+    @inlined
+    def one(registers, x, x_part, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first):
+        if first:
+            zero0(registers)
+            zero1(registers)
+        else:
+            load0(registers, out, out_row)
+            load1(registers, out + ROW, out_row)
+        for step in range(steps):
+            for p in range(w_parts):
+                at = w + p * w_part + step * w_step
+                load6(registers, at, w_row)
+                load7(registers, at + w_panel, w_row)
+                for q in range(min(x_parts, most - p)):
+                    load4(registers, x + q * x_part + step * TILE, ROW)
+                    dot0(registers)
+                    dot1(registers)
+        store0(registers, out, out_row)
+        store1(registers, out + ROW, out_row)
+
+    return two, one
