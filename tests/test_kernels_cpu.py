@@ -28,7 +28,7 @@ from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import WEIGHT_KINDS, decode, encode
 
 SMALL = settings(max_examples=60, deadline=None)
-ops = Kernels()
+ops = Kernels(units=False)  # which test_matrix_units.py is about
 # largest error of a product beside the sum of its terms' magnitudes: float32 sums, or activations in 16 bits
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-6, 'int8': 5e-5, 'int4': 5e-5}
 
@@ -49,7 +49,7 @@ def test_a_model_compiles_what_it_needs_and_nothing_else():
     assert names[0] - names[1] == {
         'layer_norm', 'norm_heads', 'gated_activation', 'softcap', 'rope_append_float32', 'attend_float32'}
     assert names[1] - names[0] == {
-        'rms_norm', 'head_squares', 'scale_columns', 'activate', 'rope_append_bfloat16', 'attend_bfloat16'}
+        'rms_norm', 'add_rms_norm', 'head_squares', 'scale_columns', 'activate', 'rope_append_bfloat16', 'attend_bfloat16'}
     mixture = dataclasses.replace(CONFIGS['float32'], num_experts=4, experts_per_token=2, expert_ffn_size=64)
     assert len(ops.needed(mixture, ['int8'], 'float32')) == len(names[0]) + 4
 
@@ -133,7 +133,7 @@ def test_weights_of_different_kinds_side_by_side():
 
 def test_rounded_activations_are_bfloat16_values():
     """x is rounded to nearest even, for bfloat16 weights only."""
-    rounding, x = Kernels(activations='bfloat16'), np.full((1, 32), 1 + 2 ** -8, np.float32)
+    rounding, x = Kernels(activations='bfloat16', units=False), np.full((1, 32), 1 + 2 ** -8, np.float32)
     x[0, 1] = 1 + 3 * 2 ** -8
     for kind, expected in (('bfloat16', [1, 1 + 2 ** -6]), ('float32', x[0, :2])):
         weight = pack(ops, encode(np.eye(32, dtype=np.float32), kind), 1)
@@ -143,7 +143,7 @@ def test_rounded_activations_are_bfloat16_values():
 @pytest.mark.parametrize('kind', ['int8', 'int4'])
 def test_activations_of_8_bits(kind):
     """Each group of 32 is rounded to 127 steps of its largest; beyond that the products are as exact as ever, for any rows."""
-    coarse, rng = Kernels(activations='int8'), np.random.default_rng(5)
+    coarse, rng = Kernels(activations='int8', units=False), np.random.default_rng(5)
     coarse.build(coarse.needed_for([kind]))
     stored = encode(rng.standard_normal((150, 96)).astype(np.float32), kind)
     weight, w = pack(coarse, stored, 2), decode(stored).astype(np.float64).T

@@ -10,43 +10,91 @@ import pytest
 from ranks import environment
 
 pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
+from tpmpi.kernels.jit import MATRIX_UNITS as HERE  # noqa: E402
 
 ERRORS = '''
 import json
 import numpy as np
-from tpmpi.kernels import matrix_units as units, packing, products
+from tpmpi.kernels import jit, matrix_units as units, packing
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.weights import decode, encode
 
-ops, rng, found = Kernels(threads=1), np.random.default_rng(0), {}
-kernels = [(kind, kind, kernel) for kind, kernel in units.TILES.items()] + [('pairs', 'bfloat16', units.pairs_bfloat16)]
-for name, kind, kernel in kernels:
-    ops.build([kernel, getattr(packing, f'pack_{kind}')])
-    for tokens, k, outputs in ((8, 32, 16), (9, 64, 5), (37, 96, 70), (65, 352, 48)):
-        stored = encode(rng.standard_normal((outputs, k)).astype(np.float32), kind)
-        weight = ops.new_weight(outputs, k, False, kind, 'W')
-        ops.fill(weight, 0, stored)
-        x = rng.standard_normal((tokens, k)).astype(np.float32) * np.float32(10.0 ** rng.integers(-5, 5))
-        if name == 'pairs':
-            x = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-        assert name == 'pairs' or ops._product(x, weight) is kernel
-        y = np.full((tokens, outputs), np.nan, np.float32)
-        kernel(x, weight.data, y, 1)
-        w = decode(stored).astype(np.float64).T
-        worst = np.abs(y - x.astype(np.float64) @ w) / (np.abs(x.astype(np.float64)) @ np.abs(w))
-        found[name] = max(found.get(name, 0), worst.max())
-        rounded = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-        assert units.split(rounded)[1] == 1
+rng, found = np.random.default_rng(0), {}
+SHAPES = ((8, 32, 16), (9, 64, 5), (16, 64, 33), (33, 96, 64), (37, 96, 70), (65, 352, 48), (64, 64, 96))
+
+
+def packed(ops, outputs, k, kind):
+    stored = encode(rng.standard_normal((outputs, k)).astype(np.float32) / 8, kind)
+    weight = ops.new_weight(outputs, k, False, kind, 'W')
+    ops.fill(weight, 0, stored)
+    return weight, decode(stored).astype(np.float64).T
+
+
+def error(y, x, w):
+    return float((np.abs(y - x.astype(np.float64) @ w) / (np.abs(x.astype(np.float64)) @ np.abs(w))).max())
+
+
+def bfloat16(x):
+    return decode(encode(x, 'bfloat16'))
+
+
+for activations in ('float32', 'bfloat16', 'int8'):
+    for threads in (1, 3):
+        ops = Kernels(threads, activations)
+        for kind, unit in ops.units.items():
+            if activations == 'int8' and kind not in ('int8', 'int4'):
+                continue
+            ops.build([*unit.kernels, getattr(packing, f'pack_{kind}'), packing.touch])
+            for tokens, k, outputs in SHAPES:
+                weight, w = packed(ops, outputs, k, kind)
+                x = rng.standard_normal((tokens, k)).astype(np.float32) * np.float32(10.0 ** rng.integers(-5, 5))
+                if unit.parts == 1:
+                    x = bfloat16(x)
+                y = ops.linear(x, weight)
+                assert y.shape == (tokens, outputs)
+                name = f'{activations} {kind}'
+                found[name] = max(found.get(name, 0), error(y, x, w))
+                if unit.gated and outputs % 64 == 0:  # silu(gate) * up, in tiles, and what follows, of whatever kind
+                    d = ops.gated_linear(x / np.abs(x).max(), weight, 'silu')
+                    assert isinstance(d, units.Tiles) and len(d) == tokens and d.parts == 1
+                    gate, up = np.split(bfloat16(x / np.abs(x).max()).astype(np.float64) @ w, 2, axis=1)
+                    expected = gate / (1 + np.exp(-gate)) * up
+                    name = 'gated ' + kind
+                    found[name] = max(found.get(name, 0), float(np.abs(d.numbers() - expected).max() / np.abs(expected).max()))
+                    for after in (kind, 'float32'):
+                        ops.build([*ops.units[after].kernels, getattr(packing, f'pack_{after}')])
+                        down, w_down = packed(ops, 40, outputs // 2, after)
+                        assert error(ops.linear(d, down), d.numbers(), w_down) < 2 ** -7
 print(json.dumps(found))
+'''
+PAIRS = '''
+import json
+import numpy as np
+from tpmpi.kernels import matrix_units as units, packing
+from tpmpi.kernels.cpu import Kernels
+from tpmpi.weights import decode, encode
+
+ops, rng, worst = Kernels(), np.random.default_rng(0), 0
+ops.build([units.pairs_bfloat16, packing.pack_bfloat16])
+for tokens, k, outputs in ((1, 32, 16), (8, 32, 16), (9, 64, 5), (37, 96, 70)):
+    stored = encode(rng.standard_normal((outputs, k)).astype(np.float32), 'bfloat16')
+    weight, x = ops.new_weight(outputs, k, False, 'bfloat16', 'W'), rng.standard_normal((tokens, k)).astype(np.float32)
+    ops.fill(weight, 0, stored)
+    y = np.full((tokens, outputs), np.nan, np.float32)
+    units.pairs_bfloat16(x, weight.data, y, 1)
+    x, w = decode(encode(x, 'bfloat16')).astype(np.float64), decode(stored).astype(np.float64).T
+    worst = max(worst, float((np.abs(y - x @ w) / (np.abs(x) @ np.abs(w))).max()))
+print(json.dumps(worst))
 '''
 INSTRUCTIONS = '''
 import json
 from tpmpi.kernels import jit, matrix_units as units
-kernel = {'amx': units.tiles_bfloat16, 'avx512bf16': units.pairs_bfloat16}[jit.MATRIX_UNITS]
+kernel = {'amx': units.rounded_bfloat16, 'avx512bf16': units.pairs_bfloat16}[jit.MATRIX_UNITS]
 kernel.compile(kernel.only_signature)
 text = ''.join(kernel.inspect_asm().values())
 print(json.dumps({name: name in text for name in ('ldtilecfg', 'tileloadd', 'tdpbf16ps', 'tilestored', 'vdpbf16ps', 'zmm')}))
 '''
+UNITS = ['emulated', *(['amx'] if HERE == 'amx' else [])]
 AVX512 = '+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+avx512bf16'
 
 
@@ -58,11 +106,20 @@ def run(program: str, **variables):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_emulated_units_give_the_products(tmp_path):
-    """Two parts of x hold 16 bits of it, two parts of an integer weight likewise: an error of 2^-16 of each term at most."""
-    errors = run(ERRORS, TPMPI_MATRIX_UNITS='emulated', TPMPI_CACHE_DIR=str(tmp_path))
-    assert sorted(errors) == ['bfloat16', 'int4', 'int8', 'pairs']
-    assert errors['pairs'] < 1e-6 and errors['bfloat16'] < 2 ** -16 and max(errors.values()) < 2 ** -15, errors
+@pytest.mark.parametrize('unit', UNITS)
+def test_products_in_tiles(unit, tmp_path):
+    """Three parts of each number are all of it; two hold 16 bits, whose products err by 2^-16 at most; one has 8."""
+    found = run(ERRORS, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path))
+    assert found.pop('float32 float32') < 2 ** -21 and found.pop('bfloat16 float32') < 2 ** -21
+    assert found.pop('bfloat16 bfloat16') < 2 ** -21  # x had no more bits
+    for kind, bound in (('bfloat16', 2 ** -16), ('int8', 2 ** -15), ('int4', 2 ** -15)):
+        assert found.pop(f'float32 {kind}') < bound
+    assert max(found.pop(f'gated {kind}') for kind in ('bfloat16', 'int8', 'int4')) < 2 ** -7
+    assert sorted(found) == ['bfloat16 int4', 'bfloat16 int8', 'int8 int4', 'int8 int8'] and max(found.values()) < 2 ** -7
+
+
+def test_products_in_pairs(tmp_path):
+    assert run(PAIRS, TPMPI_MATRIX_UNITS='emulated', TPMPI_CACHE_DIR=str(tmp_path)) < 1e-6
 
 
 @pytest.mark.parametrize(('cpu', 'unit', 'features', 'expected'), [
@@ -79,32 +136,67 @@ ATTENTION = '''
 import json
 import numpy as np
 from kernel_cases import ring_steps
-from tpmpi.kernels import attention, elementwise
+from tpmpi.kernels import attention, attention_tiles, elementwise
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.kv_cache import LayerCache, Ring
 
-ops, rng, worst = Kernels(), np.random.default_rng(3), 0
-ops.build([attention.attend_pairs, attention.attend_bfloat16, elementwise.rope_append_bfloat16])
-for dim, window in ((64, None), (24, 20), (7, None)):
-    ring = Ring(np.array([2, 0, 1]), 32)
-    cache = LayerCache(*ops.new_cache(2, 96, dim, 'bfloat16'))
-    for segment, seen in ring_steps(ring, (50, 1, 40, 30, 1), window, 0):
+KERNELS = {'pairs': attention.attend_pairs, 'rounded': attention_tiles.attend_rounded, 'tiles': attention_tiles.attend_tiles}
+ops, rng, worst = Kernels(), np.random.default_rng(3), dict.fromkeys(KERNELS, 0)
+ops.build([*KERNELS.values(), attention.attend_bfloat16, elementwise.rope_append_bfloat16])
+for dim, window, sinks, cap in ((64, None, 0, None), (96, 20, 0, 5.0), (32, None, 5, None), (24, 20, 0, None),
+                                (7, None, 0, None)):
+    ring = Ring(np.array([2, 0, 1]), 48, 1 if sinks else 0)
+    cache = LayerCache(*ops.new_cache(2, 3 * 48 + 10, dim, 'bfloat16'))
+    for segment, seen in ring_steps(ring, (50, 1, 40, 30, 1), window, sinks):
         qkv = rng.standard_normal((len(segment.slots), 7 * dim)).astype(np.float32)
         q = ops.rope_append(qkv, 3, dim, None, cache, segment.slots)
-        arguments = q, cache, (range(0, 2), range(2, 3)), (segment,), seen, dim ** -0.5
-        ops.pairs = {}
+        arguments = q, cache, (range(0, 2), range(2, 3)), (segment,), seen, dim ** -0.5, cap, sinks
+        ops._attention = lambda kv, head_dim: attention.attend_bfloat16
         expected = ops.attend(*arguments)
-        ops.pairs = {'bfloat16': None}
-        found = ops.attend(*arguments)
-        worst = max(worst, np.abs(found - expected).max())
-        assert (found != expected).any()
-print(json.dumps(float(worst)))
+        for name, kernel in KERNELS.items():
+            if name == 'pairs' or dim % 32 == 0:
+                ops._attention = lambda kv, head_dim: kernel
+                found = ops.attend(*arguments)
+                worst[name] = max(worst[name], float(np.abs(found - expected).max()))
+                assert (found != expected).any()
+print(json.dumps(worst))
+'''
+OTHERS = '''
+import json
+import numpy as np
+from tpmpi.kernels.cpu import Kernels
+from tpmpi.kernels import elementwise, attention_tiles
+from tpmpi.kv_cache import LayerCache, Ring
+
+ops, rng, same = Kernels(activations='bfloat16'), np.random.default_rng(4), []
+ops.build([attention_tiles.attend_rounded, elementwise.rope_append_bfloat16])
+qkv = rng.standard_normal((70, 3 * 64)).astype(np.float32)
+for foreign in (0, 0x7FC0):  # what the other slots hold: zeros, or no numbers
+    for chunk in (70, 9, 1):
+        cache, ring, rows = LayerCache(*ops.new_cache(1, 96, 64, 'bfloat16')), Ring(np.array([1, 2, 4, 5, 0]), 16), []
+        cache.k[:] = foreign
+        cache.v[:] = foreign
+        for at in range(0, 70, chunk):
+            segment = ring.segment(0, at, min(chunk, 70 - at))
+            q = ops.rope_append(qkv[at:at + chunk], 1, 64, None, cache, segment.slots)
+            rows.append(ops.attend(q, cache, (range(1),), (segment,), None, 0.125))
+        same.append(np.concatenate(rows).tobytes().hex())
+print(json.dumps(len(set(same))))
 '''
 
 
-def test_attention_in_pairs_rounds_queries_and_exponentials(tmp_path):
-    """Beside the attention that multiplies in float32, over a ring that goes round: 2^-8 of each term, which average out."""
-    assert 1e-5 < run(ATTENTION, TPMPI_MATRIX_UNITS='emulated', TPMPI_CACHE_DIR=str(tmp_path)) < 2 ** -6
+@pytest.mark.parametrize('unit', UNITS)
+def test_attention_in_matrix_units(unit, tmp_path):
+    """Beside the one that multiplies in float32, over a ring that goes round.  Where Q and the exponentials are rounded:
+    2^-8 of each term, which average out; in two parts: 2^-16."""
+    found = run(ATTENTION, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path))
+    assert 1e-5 < found['pairs'] < 2 ** -6 and 1e-5 < found['rounded'] < 2 ** -6 and found['tiles'] < 2 ** -14, found
+
+
+@pytest.mark.parametrize('unit', UNITS)
+def test_attention_in_tiles_is_the_same_alone_and_whatever_lies_beside(unit, tmp_path):
+    """Blocks of 16 slots of which a tile takes two: the other one's values are not touched."""
+    assert run(OTHERS, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path)) == 1
 
 
 def test_a_unit_that_fails_its_check_is_not_used(tmp_path):

@@ -18,11 +18,15 @@ from numba.extending import intrinsic
 
 from tpmpi.kernels.alignment import LINE
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined
-from tpmpi.kernels.rows import NOTHING, exponential, fold
-from tpmpi.kernels.tiles import I8, I16, I32, PARTS, VF, VI, WIDTH, Emit, float_of, keep
+from tpmpi.kernels.rows import exponential, fold
+from tpmpi.kernels.tiles import F32, I8, I16, I32, PARTS, VF, VI, WIDTH, Emit, float_of, keep
 
 TILE_ROWS, TILE_K, TILE, ROW = 16, 32, 1024, 64  # rows of a tile, bfloat16 in one of them, bytes of a tile and of its rows
 NAN, NARROW = 0x7FC00000, ir.VectorType(I16, WIDTH)
+LOG2_E = 1.4426950216293335
+# of 2^r for |r| <= 1/2, least relative error, r ascending
+POWER = (1.0000000716546014, 0.6931469670622141, 0.24022119724106966, 0.05550713277655165, 0.00967554132373162,
+         0.0013276470648653786)
 
 
 def _tile_instruction(name: str, *tiles: int, arguments: int = 0):
@@ -160,36 +164,49 @@ def store_parts(e: Emit, value, count: int, place, part_bytes) -> None:
 
 
 def row_parts(count: int):
-    """split(x, target, part_bytes, steps): a row of 32 * steps float32 as so many bfloat16 each, in a row of tiles."""
+    """split(x, target, part_bytes, steps, factor): factor times 32 * steps float32, as so many bfloat16 each, in tiles."""
     def emit(context, builder, signature, args):
-        e, (x, target, part_bytes, steps) = Emit(builder), args
+        e, (x, target, part_bytes, steps, factor) = Emit(builder), args
+        factor = e.splat(factor)
         with cgutils.for_range(builder, steps) as loop:
             for i in range(0, TILE_K, WIDTH):
-                value = e.load(e.at(x, (loop.index, 4 * TILE_K), 4 * i), VF, 4)
+                value = builder.fmul(e.load(e.at(x, (loop.index, 4 * TILE_K), 4 * i), VF, 4), factor)
                 store_parts(e, value, count, e.at(target, (loop.index, TILE), 2 * i), part_bytes)
         return context.get_dummy_value()
 
     @intrinsic
-    def split(typing_context, x, target, part_bytes, steps):
-        return types.void(*[types.int64] * 4), emit
+    def split(typing_context, x, target, part_bytes, steps, factor):
+        return types.void(*[types.int64] * 4, types.float32), emit
     return split
+
+
+def power_of_two(e: Emit, x):
+    """2^x of float32 from -126 to 0, relative error below 2^-22: 2^n by exponent bits, 2^(x - n) by a polynomial."""
+    b = e.b
+    n = e.call(f'llvm.rint.v{WIDTH}f32', x)
+    r = b.fsub(x, n)
+    p = ir.Constant(VF, [POWER[-1]] * WIDTH)
+    for c in POWER[-2::-1]:
+        p = e.fma(p, r, ir.Constant(VF, [c] * WIDTH))
+    return b.bitcast(b.add(b.bitcast(p, VI), b.shl(b.fptosi(n, VI), e.splat(I32(23)))), VF)
 
 
 def row_exp_parts(count: int):
     """exponentials(scores, steps, top, target, part_bytes): e^(s - top) of 32 * steps float32, likewise; returns their sum.
 
-    The sum has sixteen lanes as in rows.py, and is that of the exponentials before they are rounded.
+    What is below 2^-126 is zero.  The sum, that of the exponentials before they are rounded, has sixteen lanes as in rows.py.
     """
     def emit(context, builder, signature, args):
         e, b, (scores, steps, top, target, part_bytes) = Emit(builder), builder, args
-        lanes, most = e.variables(VF, 1, PARTS)[0], e.splat(top)
-        zero, nothing = ir.Constant(VF, [0.0] * WIDTH), ir.Constant(VF, [NOTHING] * WIDTH)
+        lanes, zero = e.variables(VF, 1, PARTS)[0], ir.Constant(VF, [0.0] * WIDTH)
+        scale, most = ir.Constant(VF, [LOG2_E] * WIDTH), e.splat(b.fmul(top, F32(-LOG2_E)))
         for lane in lanes:
             b.store(zero, lane)
         with cgutils.for_range(b, steps) as loop:
             for i in range(0, TILE_K, WIDTH):
-                s, lane = e.load(e.at(scores, (loop.index, 4 * TILE_K), 4 * i), VF, 4), lanes[i // WIDTH % PARTS]
-                p = b.select(b.fcmp_ordered('==', s, nothing), zero, exponential(b, b.fsub(s, most)))
+                x = e.fma(e.load(e.at(scores, (loop.index, 4 * TILE_K), 4 * i), VF, 4), scale, most)
+                p = b.select(b.fcmp_ordered('<', x, ir.Constant(VF, [-126.0] * WIDTH)), zero, power_of_two(e, x))
+                lane = lanes[i // WIDTH % PARTS]
                 b.store(b.fadd(b.load(lane), p), lane)
                 store_parts(e, p, count, e.at(target, (loop.index, TILE), 2 * i), part_bytes)
         return fold(b, [b.load(lane) for lane in lanes], b.fadd)
@@ -198,6 +215,23 @@ def row_exp_parts(count: int):
     def exponentials(typing_context, scores, steps, top, target, part_bytes):
         return types.float32(types.int64, types.int64, types.float32, types.int64, types.int64), emit
     return exponentials
+
+
+def row_silu_parts(count: int):
+    """gate(x, target, part_bytes): silu of 16 float32 times the 16 behind them, as so many bfloat16 each."""
+    def emit(context, builder, signature, args):
+        e, b, (x, target, part_bytes) = Emit(builder), builder, args
+        for i in range(0, ROW // 4, WIDTH):
+            gate, up = e.load(e.at(x, 4 * i), VF, 4), e.load(e.at(x, ROW + 4 * i), VF, 4)
+            one = ir.Constant(VF, [1.0] * WIDTH)
+            value = b.fmul(b.fdiv(gate, b.fadd(one, exponential(b, b.fneg(gate)))), up)
+            store_parts(e, value, count, e.at(target, 2 * i), part_bytes)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def gate(typing_context, x, target, part_bytes):
+        return types.void(*[types.int64] * 3), emit
+    return gate
 
 
 def rows_in_tiles(count: int):
@@ -209,18 +243,12 @@ def rows_in_tiles(count: int):
         steps, part = tiles.shape[2], tiles.shape[1] * tiles.shape[2] * TILE
         for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
             place = tiles.ctypes.data + m // TILE_ROWS * steps * TILE + m % TILE_ROWS * ROW
-            split(x.ctypes.data + 4 * m * x.shape[1], place, part, steps)
+            split(x.ctypes.data + 4 * m * x.shape[1], place, part, steps, np.float32(1))
         keep(x)
         keep(tiles)
 
     return fill
 
-
-@helper
-def new_tiles(x, parts):
-    """Room for x in tiles; rows after the last are whatever they are, and so is what they give."""
-    row_tiles, steps = -(-len(x) // TILE_ROWS), x.shape[1] // TILE_K
-    return aligned(parts * row_tiles * steps * TILE).reshape(parts, row_tiles, steps, TILE)
 
 # ---- products
 

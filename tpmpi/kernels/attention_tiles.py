@@ -58,12 +58,9 @@ def _attention(parts: int):
         x, p = aligned(parts * row_tiles * x_row), aligned(parts * row_tiles * p_row)
         scores = aligned(row_tiles * TILE_ROWS * 4 * width)
         output = aligned(row_tiles * TILE_ROWS * 4 * dim)
-        row = np.empty(dim, np.float32)
         for i in range(m):
-            query = floats(q.ctypes.data + 4 * dim * ((first_row + i // heads) * q.shape[1] + head + i % heads), dim)
-            for j in range(dim):
-                row[j] = query[j] * scale
-            split(row.ctypes.data, x.ctypes.data + i // TILE_ROWS * x_row + i % TILE_ROWS * ROW, row_tiles * x_row, dim_steps)
+            query = q.ctypes.data + 4 * dim * ((first_row + i // heads) * q.shape[1] + head + i % heads)
+            split(query, x.ctypes.data + i // TILE_ROWS * x_row + i % TILE_ROWS * ROW, row_tiles * x_row, dim_steps, f32(scale))
         for piece in range(len(pieces)):
             column, count, slot = pieces[piece, 0], pieces[piece, 2], pieces[piece, 3]
             at = k.ctypes.data + slot // TILE_K * (2 * dim * 2 * LANES)
@@ -104,7 +101,8 @@ def _attention(parts: int):
         keep(scores)
         keep(output)
         keep(edge)
-        keep(row)
+        keep(q)
+        keep(b)
         keep(k)
         keep(v)
 

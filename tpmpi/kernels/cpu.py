@@ -38,27 +38,32 @@ NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
 
 
 class Kernels:
-    """The operations for one rank.  threads: that share each product and each attention."""
+    """The operations for one rank.  threads: that share each product and each attention.
+
+    units: whether matrix units may be used, where there are any.  Those for many rows do not give a row the bits that it
+    has alone.
+    """
 
     SLOTS_TOGETHER = LANES  # of the cache's layout: blocks that are multiples of it can be copied
     rope_table, top_k = staticmethod(reference.rope_table), staticmethod(reference.top_k)
     sigmoid, namespace = staticmethod(reference.sigmoid), staticmethod(reference.namespace)
     asarray = staticmethod(reference.asarray)
 
-    def __init__(self, threads: int = 1, activations: str = 'float32'):
+    def __init__(self, threads: int = 1, activations: str = 'float32', units: bool = True):
         self.threads, self.rounded = threads, activations == 'bfloat16'
         self.recent = Recent()
         coarse = activations == 'int8'
-        self.pairs = matrix_units.PAIRS if self.rounded else {}
+        self.pairs = matrix_units.PAIRS if units and self.rounded else {}
         self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | self.pairs  # by kind of weight
         self.expert_products = mixture.MULTIPLY | (mixture.COARSE if coarse else {})
-        units, rounded = matrix_units.TILES, matrix_units.ROUNDED_TILES
-        self.units = units | (rounded if self.rounded else {k: rounded[k] for k in products.COARSE if k in rounded and coarse})
+        tiles, rounded = matrix_units.TILES if units else {}, matrix_units.ROUNDED_TILES
+        kinds = set(tiles) & set(rounded if self.rounded else products.COARSE if coarse else {})
+        self.units = tiles | {kind: rounded[kind] for kind in kinds}  # for many rows
 
     def needed(self, config: ModelConfig, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
         e = elementwise
-        found = {'rms': [e.rms_norm], 'layer': [e.layer_norm], 'none': []}[config.norm]
+        found = {'rms': [e.rms_norm, e.add_rms_norm], 'layer': [e.layer_norm], 'none': []}[config.norm]
         found += {'head': [e.norm_heads], 'all': [e.head_squares, e.scale_columns], 'none': []}[config.qk_norm]
         found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp]
         found += [e.softcap] if config.logit_softcap is not None else []
@@ -73,7 +78,7 @@ class Kernels:
         found += [packing.touch] if self.threads > 1 else []
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), self.products[kind]]
-            found += [self.units[kind]] if kind in self.units else []
+            found += self.units[kind].kernels if kind in self.units else []
         return found
 
     missing, build, folder = staticmethod(jit.missing), staticmethod(jit.build), jit.FOLDER
@@ -139,8 +144,12 @@ class Kernels:
 
     def added_norm(self, x, part, kind: str, gain, bias, eps: float):
         """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
-        part += x
-        return self.layer_norm(part, gain, bias, eps) if kind == 'layer' else self.rms_norm(part, gain, eps)
+        if kind == 'layer':
+            part += x
+            return self.layer_norm(part, gain, bias, eps)
+        y = np.empty_like(x)
+        elementwise.add_rms_norm(x, part, gain, eps, y)
+        return y
 
     @staticmethod
     def norm_heads(qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
@@ -174,26 +183,40 @@ class Kernels:
         """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
         if weight.kind == 'mixed':
             return np.concatenate([self.linear(x, part) for part in weight.data], axis=1)
-        y = np.empty((len(x), weight.out_features), np.float32)
         if weight.in_features == 0:  # a rank without heads adds nothing
-            y[:] = 0
+            return np.zeros((len(x), weight.out_features), np.float32)
+        unit = self._unit(len(x), weight)
+        if isinstance(x, matrix_units.Tiles) and (unit is None or unit.parts != x.parts):  # a kind of weights of its own
+            x = x.numbers()
+        if unit is not None:
+            y = alignment.empty((len(x), weight.out_features), np.float32)
+            unit.multiply(self._tiles(x, unit).data, len(x), weight.data, y, self.threads)
         else:
-            product = self._product(x, weight)
+            y = np.empty((len(x), weight.out_features), np.float32)
+            product = self.products[weight.kind]
             product(self._input(x, weight, product), weight.data, y, self.threads)
         return y
 
+    def _unit(self, tokens: int, weight: Weight) -> matrix_units.Unit | None:
+        """The matrix unit for so many rows, if there is one."""
+        if tokens >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.TILE_K == 0:
+            return self.units.get(weight.kind)
+        return None
+
+    def _tiles(self, x, unit: matrix_units.Unit) -> matrix_units.Tiles:
+        """x in tiles, where it is not yet."""
+        if isinstance(x, matrix_units.Tiles):
+            return x
+        tiles = matrix_units.Tiles.empty(unit.parts, *x.shape)
+        unit.fill(x, tiles.data, self.threads)
+        return tiles
+
     def _input(self, x, weight: Weight, product):
-        """x as a product takes it: even along k, and rounded where that was chosen and the product does not."""
-        if self.rounded and weight.kind == 'bfloat16' and product not in matrix_units.ROUNDING:
+        """x as an ordinary product takes it: even along k, and rounded where that was chosen and the product does not."""
+        if self.rounded and weight.kind == 'bfloat16' and product is not matrix_units.pairs_bfloat16:
             x, given = np.empty_like(x), x
             elementwise.round_bfloat16(given, x)
         return _even(x, weight)
-
-    def _product(self, x, weight: Weight):
-        """The kernel for so many rows: the matrix units, where there are any, or the ordinary one."""
-        if len(x) >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.TILE_K == 0:
-            return self.units.get(weight.kind, self.products[weight.kind])
-        return self.products[weight.kind]
 
     @staticmethod
     def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):
@@ -216,7 +239,7 @@ class Kernels:
 
     def _attention(self, kv_dtype: str, head_dim: int):
         """The kernel for a cache; in the matrix units where there are any for it."""
-        if kv_dtype == 'bfloat16' and matrix_units.HAS_TILES and head_dim % matrix_units.TILE_K == 0:
+        if kv_dtype == 'bfloat16' and self.units and head_dim % matrix_units.TILE_K == 0:
             return attention_tiles.attend_rounded if self.rounded else attention_tiles.attend_tiles
         return attention.attend_pairs if self.pairs and kv_dtype == 'bfloat16' else getattr(attention, f'attend_{kv_dtype}')
 
@@ -235,7 +258,12 @@ class Kernels:
         return y
 
     def gated_linear(self, x, weight: Weight, kind: str):
-        """gated_activation of x · W.  [tokens, in] -> [tokens, out / 2]"""
+        """gated_activation of x · W, in tiles where `linear` can go on from there.  [tokens, in] -> [tokens, out / 2]"""
+        unit, ffn = self._unit(len(x), weight), weight.out_features // 2
+        if unit is not None and unit.gated and kind == 'silu' and ffn % matrix_units.TILE_K == 0:
+            d = matrix_units.Tiles.empty(unit.parts, len(x), ffn)
+            unit.gated(self._tiles(x, unit).data, len(x), weight.data, d.data, self.threads)
+            return d
         return self.gated_activation(self.linear(x, weight), kind)
 
     # ---- a mixture of experts

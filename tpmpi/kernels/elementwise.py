@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tpmpi.kernels.jit import helper, kernel
-from tpmpi.kernels.rows import exp, floats, row_exp, row_max, row_squares, row_sum, row_turn, tanh
+from tpmpi.kernels.rows import exp, floats, row_add_squares, row_exp, row_max, row_squares, row_sum, row_turn, tanh
 from tpmpi.kernels.tiles import LANES, bits_of, float_of, keep
 
 f32 = np.float32
@@ -24,9 +24,31 @@ def rms_norm(x, gain, eps, y):
         for k in range(whole * LANES, size):
             total += x[t, k] * x[t, k]
         factor = f32(1) / np.sqrt(total / f32(size) + eps)
+        row, result = floats(x.ctypes.data + 4 * t * size, size), floats(y.ctypes.data + 4 * t * size, size)
         for k in range(size):
-            y[t, k] = x[t, k] * factor * gain[k]
+            result[k] = row[k] * factor * gain[k]
     keep(x)
+    keep(y)
+
+
+@kernel('void(f4[:, ::1], f4[:, ::1], f4[::1], f4, f4[:, ::1])')
+def add_rms_norm(x, part, gain, eps, y):
+    """part += x, and y = its norm."""
+    size = x.shape[1]
+    whole = size // LANES
+    for t in range(x.shape[0]):
+        at = 4 * t * size
+        total = row_add_squares(x.ctypes.data + at, part.ctypes.data + at, whole)
+        for k in range(whole * LANES, size):
+            part[t, k] += x[t, k]
+            total += part[t, k] * part[t, k]
+        factor = f32(1) / np.sqrt(total / f32(size) + eps)
+        row, result = floats(part.ctypes.data + at, size), floats(y.ctypes.data + at, size)
+        for k in range(size):
+            result[k] = row[k] * factor * gain[k]
+    keep(x)
+    keep(part)
+    keep(y)
 
 
 @helper

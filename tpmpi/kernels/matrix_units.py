@@ -20,16 +20,20 @@ are widened, two panels at a time, into a buffer that stays in the cache.  x is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tpmpi.kernels import amx, products
-from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, aligned, new_tiles, rows_in_tiles, tile_blocks
+from tpmpi.kernels import alignment, amx, products
+from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, aligned, row_silu_parts, rows_in_tiles, tile_blocks
 from tpmpi.kernels.elementwise import narrow
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
 from tpmpi.kernels.products import PRODUCT, float_product
+from tpmpi.kernels.rows import floats
 from tpmpi.kernels.tiles import (
     GROUP_BYTES,
     I32,
@@ -96,12 +100,16 @@ def widen_panel(kind: str, count: int):
 # ---- products in tiles
 
 
-def tile_product(kind: str, x_parts: int, w_parts: int):
-    """share(x, w, y, t, threads): the outputs of thread t; x as `rows_in_tiles` has it, w panels of `kind`."""
+def tile_product(kind: str, x_parts: int, w_parts: int, gated: bool = False):
+    """share(x, w, y, t, threads): the outputs of thread t; x in tiles (amx.py), w panels of `kind`.
+
+    gated: y are tiles, silu(gate) * up, the outputs of the first half of w being gates: what W^D takes, without a detour.
+    """
     two, one = tile_blocks(x_parts, w_parts)
     widened = kind != 'bfloat16'
     x_bytes = WIDENED_X_BYTES if widened else X_BYTES
     widen = widen_panel(kind, w_parts) if widened else None
+    gate = row_silu_parts(x_parts)
 
     @inlined
     def panel_itself(w, steps, target, part_bytes):
@@ -109,130 +117,176 @@ def tile_product(kind: str, x_parts: int, w_parts: int):
 
     fill = widen if widened else panel_itself
 
+    @inlined
+    def keep_numbers(spare, y, row, rows, row_tiles, column, width):
+        numbers = floats(spare, 2 * TILE_ROWS * 2 * LANES)
+        for i in range(rows):
+            for j in range(width):
+                y[row + i, column + j] = numbers[i * 2 * LANES + j]
+
+    @inlined
+    def keep_gated(spare, y, row, rows, row_tiles, column, width):
+        steps, part = y.shape[2], y.shape[1] * y.shape[2] * TILE
+        for i in range(rows):
+            m = row + i
+            place = y.ctypes.data + (m // TILE_ROWS * steps + column // TILE_K) * TILE + m % TILE_ROWS * ROW
+            gate(spare + 2 * ROW * i, place + 2 * (column % TILE_K), part)
+
+    finish = keep_gated if gated else keep_numbers
+
     @helper
-    def share(x, w, y, t, threads):
-        tokens, outputs, panels, row_tiles, steps = y.shape[0], y.shape[1], w.shape[0], x.shape[1], x.shape[2]
-        x_row, w_panel, out_row = steps * TILE, w.shape[1], 4 * outputs
+    def share(x, tokens, w, y, t, threads):
+        panels, row_tiles, steps = w.shape[0], x.shape[1], x.shape[2]
+        outputs, out_row, each = 0, 0, 1  # panels of one turn that lie side by side
+        if not gated:
+            outputs, out_row, each = y.shape[1], 4 * y.shape[1], 2
+        x_row, w_panel = steps * TILE, w.shape[1]
         x_part = row_tiles * x_row
+        other = w_panel if each == 2 else panels // 2 * w_panel  # from a panel to the one that is computed with it
         w_part = 2 * steps * TILE  # of the buffer: one part of two panels
         buffer = aligned(w_parts * w_part if widened else 0)
         spare = aligned(2 * TILE_ROWS * 2 * ROW)  # for a block that does not fit y
-        numbers = spare.view(np.float32).reshape(2 * TILE_ROWS, 2 * LANES)
         registers = amx.registers()
         pairs = (panels + 1) // 2
         block = max(1, x_bytes // (x_parts * 2 * x_row)) * 2  # row tiles that stay in the cache while all panels pass
         for first in range(0, row_tiles, block):
             for pair in range(pairs * t // threads, pairs * (t + 1) // threads):
-                column = 2 * pair * LANES
-                width = min(2 * LANES, outputs - column)
-                at, panel = w.ctypes.data + 2 * pair * w_panel, w_panel
+                column = each * pair * LANES
+                width = 2 * LANES if each == 1 else min(2 * LANES, outputs - column)
+                at, panel = w.ctypes.data + each * pair * w_panel, other
                 if widened:
                     fill(at, steps, buffer.ctypes.data, w_part)
                     if width > LANES:
-                        fill(at + w_panel, steps, buffer.ctypes.data + w_part // 2, w_part)
+                        fill(at + other, steps, buffer.ctypes.data + w_part // 2, w_part)
                     at, panel = buffer.ctypes.data, w_part // 2
                 if width <= LANES:
                     panel = 0  # the same panel twice
                 for m in range(first, min(first + block, row_tiles), 2):
-                    rows = min(2 * TILE_ROWS, tokens - m * TILE_ROWS)
-                    fits = width == 2 * LANES and rows % TILE_ROWS == 0
-                    out, row = y.ctypes.data + m * TILE_ROWS * out_row + 4 * column, out_row
-                    if not fits:
-                        out, row = spare.ctypes.data, 2 * ROW
+                    row, rows = m * TILE_ROWS, min(2 * TILE_ROWS, tokens - m * TILE_ROWS)
+                    fits = each == 2 and width == 2 * LANES and rows % TILE_ROWS == 0
+                    out, stride = spare.ctypes.data, 2 * ROW
+                    if fits:
+                        out, stride = y.ctypes.data + row * out_row + 4 * column, out_row
                     x_at = x.ctypes.data + m * x_row
                     if m + 1 < row_tiles:
-                        two(registers, x_at, x_part, x_row, at, w_part, panel, TILE, ROW, steps, out, row, True)
+                        two(registers, x_at, x_part, x_row, at, w_part, panel, TILE, ROW, steps, out, stride, True)
                     else:
-                        one(registers, x_at, x_part, at, w_part, panel, TILE, ROW, steps, out, row, True)
+                        one(registers, x_at, x_part, at, w_part, panel, TILE, ROW, steps, out, stride, True)
                     if not fits:
-                        y[m * TILE_ROWS:m * TILE_ROWS + rows, column:column + width] = numbers[:rows, :width]
+                        finish(spare.ctypes.data, y, row, rows, row_tiles, column, width)
         amx.release(registers)
         keep(x)
         keep(w)
+        keep(y)
         keep(buffer)
         keep(spare)
 
     return share
 
 
-# ---- entry points; x [tokens, k], k a multiple of 32
+# ---- entry points: functions of the module, because Numba cannot cache those that a function makes
 
 
 _float32, _bfloat16 = tile_product('float32', 3, 3), tile_product('bfloat16', 2, 1)
 _int8, _int4 = tile_product('int8', 2, 2), tile_product('int4', 2, 2)
 _rounded_bfloat16, _rounded_int8, _rounded_int4 = (tile_product(kind, 1, 1) for kind in ('bfloat16', 'int8', 'int4'))
+_gated_bfloat16, _gated_int8, _gated_int4 = (tile_product(kind, 1, 1, True) for kind in ('bfloat16', 'int8', 'int4'))
 _whole, _half, _third = (rows_in_tiles(parts) for parts in (1, 2, 3))
 _pairs = float_product('pairs')
+IN_TILES = 'void(u1[:, :, :, ::1], i8, u1[:, ::1], f4[:, ::1], i8)'  # x [parts, row tiles, k / 32, 1024], tokens, w, y, threads
+GATED = 'void(u1[:, :, :, ::1], i8, u1[:, ::1], u1[:, :, :, ::1], i8)'
+FILL = 'void(f4[:, ::1], u1[:, :, :, ::1], i8)'
 
 
-@shared_kernel(PRODUCT)
-def tiles_float32(x, w, y, threads):
-    """y = x · W in tiles."""
-    tiles = new_tiles(x, 3)
+@shared_kernel(FILL)
+def fill_tiles(x, tiles, threads):
+    """x [tokens, k] in tiles, rounded."""
+    for t in prange(threads):
+        _whole(x, tiles, np.int64(t), threads)
+
+
+@shared_kernel(FILL)
+def fill_two_parts(x, tiles, threads):
+    """x [tokens, k] in tiles, 16 bits of each number."""
+    for t in prange(threads):
+        _half(x, tiles, np.int64(t), threads)
+
+
+@shared_kernel(FILL)
+def fill_three_parts(x, tiles, threads):
+    """x [tokens, k] in tiles, all of it."""
     for t in prange(threads):
         _third(x, tiles, np.int64(t), threads)
-    for t in prange(threads):
-        _float32(tiles, w, y, np.int64(t), threads)
 
 
-@shared_kernel(PRODUCT)
-def tiles_bfloat16(x, w, y, threads):
-    """y = x · W in tiles."""
-    tiles = new_tiles(x, 2)
+@shared_kernel(IN_TILES)
+def tiles_float32(x, tokens, w, y, threads):
+    """y = x · W."""
     for t in prange(threads):
-        _half(x, tiles, np.int64(t), threads)
-    for t in prange(threads):
-        _bfloat16(tiles, w, y, np.int64(t), threads)
+        _float32(x, tokens, w, y, np.int64(t), threads)
 
 
-@shared_kernel(PRODUCT)
-def tiles_int8(x, w, y, threads):
-    """y = x · W in tiles."""
-    tiles = new_tiles(x, 2)
+@shared_kernel(IN_TILES)
+def tiles_bfloat16(x, tokens, w, y, threads):
+    """y = x · W."""
     for t in prange(threads):
-        _half(x, tiles, np.int64(t), threads)
-    for t in prange(threads):
-        _int8(tiles, w, y, np.int64(t), threads)
+        _bfloat16(x, tokens, w, y, np.int64(t), threads)
 
 
-@shared_kernel(PRODUCT)
-def tiles_int4(x, w, y, threads):
-    """y = x · W in tiles."""
-    tiles = new_tiles(x, 2)
+@shared_kernel(IN_TILES)
+def tiles_int8(x, tokens, w, y, threads):
+    """y = x · W."""
     for t in prange(threads):
-        _half(x, tiles, np.int64(t), threads)
-    for t in prange(threads):
-        _int4(tiles, w, y, np.int64(t), threads)
+        _int8(x, tokens, w, y, np.int64(t), threads)
 
 
-@shared_kernel(PRODUCT)
-def rounded_bfloat16(x, w, y, threads):
-    """y = x · W in tiles, x rounded."""
-    tiles = new_tiles(x, 1)
+@shared_kernel(IN_TILES)
+def tiles_int4(x, tokens, w, y, threads):
+    """y = x · W."""
     for t in prange(threads):
-        _whole(x, tiles, np.int64(t), threads)
-    for t in prange(threads):
-        _rounded_bfloat16(tiles, w, y, np.int64(t), threads)
+        _int4(x, tokens, w, y, np.int64(t), threads)
 
 
-@shared_kernel(PRODUCT)
-def rounded_int8(x, w, y, threads):
-    """y = x · W in tiles, both rounded."""
-    tiles = new_tiles(x, 1)
+@shared_kernel(IN_TILES)
+def rounded_bfloat16(x, tokens, w, y, threads):
+    """y = x · W, x rounded."""
     for t in prange(threads):
-        _whole(x, tiles, np.int64(t), threads)
-    for t in prange(threads):
-        _rounded_int8(tiles, w, y, np.int64(t), threads)
+        _rounded_bfloat16(x, tokens, w, y, np.int64(t), threads)
 
 
-@shared_kernel(PRODUCT)
-def rounded_int4(x, w, y, threads):
-    """y = x · W in tiles, both rounded."""
-    tiles = new_tiles(x, 1)
+@shared_kernel(IN_TILES)
+def rounded_int8(x, tokens, w, y, threads):
+    """y = x · W, both rounded."""
     for t in prange(threads):
-        _whole(x, tiles, np.int64(t), threads)
+        _rounded_int8(x, tokens, w, y, np.int64(t), threads)
+
+
+@shared_kernel(IN_TILES)
+def rounded_int4(x, tokens, w, y, threads):
+    """y = x · W, both rounded."""
     for t in prange(threads):
-        _rounded_int4(tiles, w, y, np.int64(t), threads)
+        _rounded_int4(x, tokens, w, y, np.int64(t), threads)
+
+
+@shared_kernel(GATED)
+def gated_bfloat16(x, tokens, w, y, threads):
+    """y = silu(gate) * up in tiles, x rounded."""
+    for t in prange(threads):
+        _gated_bfloat16(x, tokens, w, y, np.int64(t), threads)
+
+
+@shared_kernel(GATED)
+def gated_int8(x, tokens, w, y, threads):
+    """y = silu(gate) * up in tiles, x and W rounded."""
+    for t in prange(threads):
+        _gated_int8(x, tokens, w, y, np.int64(t), threads)
+
+
+@shared_kernel(GATED)
+def gated_int4(x, tokens, w, y, threads):
+    """y = silu(gate) * up in tiles, x and W rounded."""
+    for t in prange(threads):
+        _gated_int4(x, tokens, w, y, np.int64(t), threads)
 
 
 @shared_kernel(PRODUCT)
@@ -245,12 +299,62 @@ def pairs_bfloat16(x, w, y, threads):
         _pairs(parts, w, y, np.int64(t), threads)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """How rows meet weights of one kind in tiles."""
+
+    fill: Any  # puts x into tiles
+    parts: int  # of x
+    multiply: Any
+    gated: Any = None  # the same with silu, the result in tiles; or none
+
+    @property
+    def kernels(self) -> list:
+        """What must be compiled."""
+        return [k for k in (self.fill, self.multiply, self.gated) if k is not None]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows [tokens, features] in tiles, as one product leaves them for the next."""
+
+    data: np.ndarray
+    tokens: int
+
+    @staticmethod
+    def empty(parts: int, tokens: int, features: int) -> Tiles:
+        """Room for them."""
+        return Tiles(alignment.empty((parts, -(-tokens // TILE_ROWS), features // TILE_K, TILE), np.uint8), tokens)
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    @property
+    def parts(self) -> int:
+        """Of each number."""
+        return len(self.data)
+
+    def numbers(self) -> np.ndarray:
+        """[tokens, features] float32."""
+        parts, row_tiles, steps, _ = self.data.shape
+        bits = self.data.view(np.uint16).reshape(parts, row_tiles, steps, TILE_ROWS, TILE_K).swapaxes(2, 3)
+        bits = bits.reshape(parts, -1, steps * TILE_K)[:, :self.tokens].astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32).sum(axis=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory."""
+        return self.data.nbytes
+
+
 HAS_TILES = MATRIX_UNITS in ('amx', 'emulated')
-TILES = {'float32': tiles_float32, 'bfloat16': tiles_bfloat16, 'int8': tiles_int8, 'int4': tiles_int4} if HAS_TILES else {}
+TILES = {'float32': Unit(fill_three_parts, 3, tiles_float32), 'bfloat16': Unit(fill_two_parts, 2, tiles_bfloat16),
+         'int8': Unit(fill_two_parts, 2, tiles_int8), 'int4': Unit(fill_two_parts, 2, tiles_int4)} if HAS_TILES else {}
 # for rounded activations: bfloat16 has the 8 bits that activations of int8 have
-ROUNDED_TILES = {'bfloat16': rounded_bfloat16, 'int8': rounded_int8, 'int4': rounded_int4} if HAS_TILES else {}
+ROUNDED_TILES = {'bfloat16': Unit(fill_tiles, 1, rounded_bfloat16, gated_bfloat16),
+                 'int8': Unit(fill_tiles, 1, rounded_int8, gated_int8),
+                 'int4': Unit(fill_tiles, 1, rounded_int4, gated_int4)} if HAS_TILES else {}
 PAIRS = {'bfloat16': pairs_bfloat16} if MATRIX_UNITS == 'avx512bf16' else {}
-ROUNDING = pairs_bfloat16, rounded_bfloat16  # of bfloat16 weights: they round x themselves
 
 
 def self_check() -> bool:
@@ -258,7 +362,7 @@ def self_check() -> bool:
     from tpmpi.kernels.cpu import Kernels
     from tpmpi.weights import decode, encode
     rng, right = np.random.default_rng(0), True
-    for kind, unit in {**TILES, **PAIRS}.items():
+    for kind in {**TILES, **PAIRS}:
         ops, plain = Kernels(activations='bfloat16' if PAIRS else 'float32'), products.MULTIPLY[kind]
         ops.build([*ops.needed_for([kind]), plain])
         stored = encode(rng.standard_normal((70, 96)).astype(np.float32), kind)
@@ -267,8 +371,7 @@ def self_check() -> bool:
         x = rng.standard_normal((37, 96)).astype(np.float32)
         if PAIRS:
             x = decode(encode(x, 'bfloat16'))
-        found, expected = np.empty((37, 70), np.float32), np.empty((37, 70), np.float32)
-        unit(x, weight.data, found, 1)
+        found, expected = ops.linear(x, weight), np.empty((37, 70), np.float32)
         plain(x, weight.data, expected, 1)
         right &= bool(np.abs(found - expected).max() < 1e-3 * np.abs(expected).max())
     return right

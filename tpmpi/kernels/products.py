@@ -73,10 +73,13 @@ def float_panels(kind: str):
     def tile(rows, panels):
         return float_tile(kind, rows, panels)
 
+    def far_tile(rows, panels):
+        return float_tile(kind, rows, panels, True)
+
     near_panels, far_panels = (NEAR_PAIRS, FAR_PAIRS) if kind == 'bfloat16' else (NEAR, FAR)
     near, last = strips(tile, near_panels), strips(tile, dict.fromkeys(near_panels, 1))
     wide, most = near_panels[1], max(near_panels)
-    far, together = near if far_panels is near_panels else strips(tile, far_panels), panels_of_far(far_panels)
+    far, together = strips(far_tile, far_panels), panels_of_far(far_panels)
     each = PER_STEP.get(kind, 2)
     block, x_step = K_BLOCK // each, X_STEP[kind]
 
@@ -166,8 +169,11 @@ def integer_product(kind: str, x_bytes: int):
     def tile(rows, panels):
         return integer_tile(kind, rows, panels, x_bytes)
 
+    def far_tile(rows, panels):
+        return integer_tile(kind, rows, panels, x_bytes, True)
+
     near, last, wide = strips(tile, NEAR_INTEGERS), strips(tile, dict.fromkeys(NEAR_INTEGERS, 1)), NEAR_INTEGERS[1]
-    far, together, most = strips(tile, FAR_INTEGERS), panels_of_far(FAR_INTEGERS), max(NEAR_INTEGERS)
+    far, together, most = strips(far_tile, FAR_INTEGERS), panels_of_far(FAR_INTEGERS), max(NEAR_INTEGERS)
 
     @inlined
     def add(x, x_row, scale, total, scale_row, tokens, w, w_panel, groups, panels, y, y_row):

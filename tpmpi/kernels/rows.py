@@ -194,6 +194,21 @@ def row_squares(typing_context, address, panels):
     return types.float32(types.int64, types.int64), emit
 
 
+@intrinsic
+def row_add_squares(typing_context, x, part, panels):
+    """part += x for 16 * panels float32; the sum of the squares of what becomes of it."""
+    def emit(context, builder, signature, args):
+        e, (x, part, panels) = Emit(builder), args
+
+        def add(lane, at):
+            value = builder.fadd(e.load(at, VF, 4), e.load(e.at(at, builder.sub(x, part)), VF, 4))
+            e.store(value, at)
+            return e.fma(value, value, lane)
+
+        return fold(builder, _walk(e, part, panels, 0.0, add), builder.fadd)
+    return types.float32(types.int64, types.int64, types.int64), emit
+
+
 def row_quantize(kind: str, x_bytes: int, levels: int):
     """quantize(x, q, scale, total, groups): groups of 32 float32 as int16 (in tiles.ORDER) or int8 with a scale each.
 

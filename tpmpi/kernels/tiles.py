@@ -30,6 +30,7 @@ from numba.extending import intrinsic
 from tpmpi.kernels.jit import HALVES, MATRIX_UNITS, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
+AHEAD = 1536  # bytes that a stream from memory is asked for beforehand: prefetchers of a CPU stop where a page ends
 PARTS = LANES // WIDTH  # vectors in a panel's row
 HALF_BYTES = 2 if HALVES else 4  # of a scale or an offset
 PER_STEP = {'float32': 1, 'bfloat16': 2}  # weights along k that lie together for one output
@@ -65,6 +66,13 @@ class Emit:
 
     def store(self, value, address, align=4):
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def prefetch(self, address):
+        """Asks for the line at an address, which may lie anywhere, to be in the cache soon."""
+        arguments = [I8.as_pointer(), I32, I32, I32]
+        function = self.b.module.globals.get('llvm.prefetch.p0i8') or ir.Function(
+            self.b.module, ir.FunctionType(ir.VoidType(), arguments), 'llvm.prefetch.p0i8')
+        self.b.call(function, [self.b.inttoptr(address, arguments[0]), I32(0), I32(3), I32(1)])  # to read, all levels, data
 
     def splat(self, scalar):
         """One scalar in all lanes."""
@@ -139,10 +147,10 @@ def outer_product(rows, columns, depth, x_at, w_at, add):
                     add(r, v, j, xk, held[v][j])
 
 
-def float_tile(kind: str, rows: int, panels: int):
+def float_tile(kind: str, rows: int, panels: int, far: bool = False):
     """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel): addresses, and strides in bytes.
 
-    kind: of the weights, and pairs: weights and x are bfloat16.
+    kind: of the weights, and pairs: weights and x are bfloat16.  far: they come from memory.
     """
     columns = panels * PARTS
 
@@ -161,6 +169,8 @@ def float_tile(kind: str, rows: int, panels: int):
                 return e.splat(e.load(e.at(xs[r], (loop.index, X_STEP[kind]), 4 * j), I32 if kind == 'pairs' else F32, 4))
 
             def w_at(v):
+                if far and v % PARTS == 0:
+                    e.prefetch(e.at(ws[v // PARTS], (loop.index, w_step), AHEAD))
                 bits = e.load(e.at(ws[v // PARTS], (loop.index, w_step), v % PARTS * WIDTH * 4), VI, 4)
                 return [bits] if kind == 'pairs' else e.halves(bits) if kind == 'bfloat16' else [b.bitcast(bits, VF)]
 
@@ -180,7 +190,7 @@ def float_tile(kind: str, rows: int, panels: int):
     return tile
 
 
-def integer_tile(kind: str, rows: int, panels: int, x_bytes: int):
+def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = False):
     """tile(x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel): addresses, and strides in bytes.
 
     x: int16 or, x_bytes 1, int8; scale: float32 of each group of x; total: what its sum adds (see `rows.row_quantize`).
@@ -214,6 +224,8 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int):
                     return e.splat(e.load(e.at(xg[r], (inner.index, 4 * words), 4 * j), I32, 4))
 
                 def w_at(v):
+                    if far and v % PARTS == 0:
+                        e.prefetch(e.at(wg[v // PARTS], (inner.index, LANES * 4), AHEAD))
                     return group_quads(e, kind, wg[v // PARTS], inner.index, v % PARTS, x_bytes)
 
                 def add(r, v, j, xk, value):
