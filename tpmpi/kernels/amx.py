@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from tpmpi.kernels.alignment import LINE
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined
 from tpmpi.kernels.rows import exponential, fold
-from tpmpi.kernels.tiles import F32, I8, I16, I32, PARTS, VF, VI, WIDTH, Emit, float_of, keep
+from tpmpi.kernels.tiles import F32, I8, I16, I32, PARTS, VF, VI, WIDTH, Emit, float_of, keep, prefetch, prefetch_to_write
 
 TILE_ROWS, TILE_K, TILE, ROW = 16, 32, 1024, 64  # rows of a tile, bfloat16 in one of them, bytes of a tile and of its rows
 NAN, NARROW = 0x7FC00000, ir.VectorType(I16, WIDTH)
@@ -257,12 +257,14 @@ def tile_blocks(x_parts: int, w_parts: int):
     """(two, one): out = two tiles' rows, or one's, of x times two panels; added to out where not `first`.
 
     All are addresses, and strides in bytes: of x between parts and between rows of tiles; of w between parts, panels, steps
-    of 32 along k, and the tile's own rows; of out between rows.
+    of 32 along k, and the tile's own rows; of out between rows.  Meanwhile `two` asks for what comes next: for so many
+    lines of weights in each step, from two places, and for the rows of out below.
     """
     most = max(x_parts, w_parts)
 
     @inlined
-    def two(registers, x, x_part, x_row, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first):
+    def two(registers, x, x_part, x_row, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first, next_w, other_w, lines,
+            next_out):
         if first:
             zero0(registers)
             zero1(registers)
@@ -273,7 +275,14 @@ def tile_blocks(x_parts: int, w_parts: int):
             load1(registers, out + ROW, out_row)
             load2(registers, out + TILE_ROWS * out_row, out_row)
             load3(registers, out + TILE_ROWS * out_row + ROW, out_row)
+        rows = -(-2 * TILE_ROWS // max(1, steps)) if next_out else 0  # of out to be asked for in a step
         for step in range(steps):
+            for i in range(step * lines, (step + 1) * lines):
+                prefetch(next_w + i * LINE)
+                prefetch(other_w + i * LINE)
+            for i in range(step * rows, (step + 1) * rows):
+                prefetch_to_write(next_out + i * out_row)
+                prefetch_to_write(next_out + i * out_row + LINE)
             for p in range(w_parts):
                 at = w + p * w_part + step * w_step
                 load6(registers, at, w_row)

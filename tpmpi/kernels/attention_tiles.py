@@ -35,7 +35,7 @@ def _attention(parts: int):
                 to = out + m * TILE_ROWS * out_row + p * ROW
                 if m + 1 < row_tiles:
                     two(tiles, x + m * x_row, x_part, x_row, w + p * w_panel, 0, w_panel, w_step, w_row, steps, to, out_row,
-                        first)
+                        first, 0, 0, 0, 0)
                 else:
                     one(tiles, x + m * x_row, x_part, w + p * w_panel, 0, w_panel, w_step, w_row, steps, to, out_row, first)
 

@@ -29,6 +29,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tpmpi.kernels import alignment, amx, products
+from tpmpi.kernels.alignment import LINE
 from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, aligned, row_silu_parts, rows_in_tiles, tile_blocks
 from tpmpi.kernels.elementwise import narrow
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
@@ -161,7 +162,10 @@ def tile_product(kind: str, x_parts: int, w_parts: int, gated: bool = False):
                     at, panel = buffer.ctypes.data, w_part // 2
                 if width <= LANES:
                     panel = 0  # the same panel twice
-                for m in range(first, min(first + block, row_tiles), 2):
+                last = min(first + block, row_tiles)
+                lines = -(-w_panel // (LINE * steps * max(1, (last - first) // 2)))  # of the next panels, in each step
+                ahead = w.ctypes.data + each * (pair + 1) * w_panel
+                for m in range(first, last, 2):
                     row, rows = m * TILE_ROWS, min(2 * TILE_ROWS, tokens - m * TILE_ROWS)
                     fits = each == 2 and width == 2 * LANES and rows % TILE_ROWS == 0
                     out, stride = spare.ctypes.data, 2 * ROW
@@ -169,7 +173,10 @@ def tile_product(kind: str, x_parts: int, w_parts: int, gated: bool = False):
                         out, stride = y.ctypes.data + row * out_row + 4 * column, out_row
                     x_at = x.ctypes.data + m * x_row
                     if m + 1 < row_tiles:
-                        two(registers, x_at, x_part, x_row, at, w_part, panel, TILE, ROW, steps, out, stride, True)
+                        soon = lines * steps * LINE * (m - first) // 2
+                        below = out + 2 * TILE_ROWS * stride if fits and m + 3 < last else 0
+                        two(registers, x_at, x_part, x_row, at, w_part, panel, TILE, ROW, steps, out, stride, True,
+                            ahead + soon, ahead + other + soon, lines, below)
                     else:
                         one(registers, x_at, x_part, at, w_part, panel, TILE, ROW, steps, out, stride, True)
                     if not fits:

@@ -67,12 +67,12 @@ class Emit:
     def store(self, value, address, align=4):
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
 
-    def prefetch(self, address):
-        """Asks for the line at an address, which may lie anywhere, to be in the cache soon."""
+    def prefetch(self, address, write: int = 0):
+        """Asks for the line at an address, which may lie anywhere, to be in the cache soon; write: to be written."""
         arguments = [I8.as_pointer(), I32, I32, I32]
         function = self.b.module.globals.get('llvm.prefetch.p0i8') or ir.Function(
             self.b.module, ir.FunctionType(ir.VoidType(), arguments), 'llvm.prefetch.p0i8')
-        self.b.call(function, [self.b.inttoptr(address, arguments[0]), I32(0), I32(3), I32(1)])  # to read, all levels, data
+        self.b.call(function, [self.b.inttoptr(address, arguments[0]), I32(write), I32(3), I32(1)])  # all levels, data
 
     def splat(self, scalar):
         """One scalar in all lanes."""
@@ -284,6 +284,24 @@ def group_scales(e: Emit, kind: str, group, part: int):
     """Scales and offsets of WIDTH outputs for a group; None where the kind has no offsets."""
     at = e.at(group, GROUP_VALUES[kind] + part * WIDTH * HALF_BYTES)
     return e.widen(at), e.widen(e.at(at, LANES * HALF_BYTES)) if kind == 'int4' else None
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Asks for the line at an address to be in the cache soon."""
+    def emit(context, builder, signature, args):
+        Emit(builder).prefetch(args[0])
+        return context.get_dummy_value()
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def prefetch_to_write(typing_context, address):
+    """Asks for the line at an address, which will be written."""
+    def emit(context, builder, signature, args):
+        Emit(builder).prefetch(args[0], 1)
+        return context.get_dummy_value()
+    return types.void(types.int64), emit
 
 
 @intrinsic
