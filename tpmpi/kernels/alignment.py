@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from tpmpi.kernels.jit import helper
+
 LINE = 64
 
 
@@ -27,3 +29,11 @@ def _aligned(new, shape, dtype) -> np.ndarray:
     raw = new(size + LINE, np.uint8)
     start = -raw.ctypes.data % LINE
     return raw[start:start + size].view(dtype).reshape(shape)
+
+
+@helper
+def aligned(count):
+    """So many bytes on whole lines, for a kernel."""
+    raw = np.empty(count + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
+    return raw[start:start + count]

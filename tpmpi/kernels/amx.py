@@ -135,14 +135,6 @@ def registers():
     return found
 
 
-@helper
-def aligned(count):
-    """So many bytes on whole cache lines."""
-    raw = np.empty(count + LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
-    return raw[start:start + count]
-
-
 # ---- numbers as sums of bfloat16
 
 

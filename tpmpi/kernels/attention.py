@@ -14,10 +14,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from tpmpi.kernels.elementwise import narrow
+from tpmpi.kernels.alignment import aligned
+from tpmpi.kernels.elementwise import bfloat16
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
-from tpmpi.kernels.rows import floats, row_cap, row_exp, row_max
+from tpmpi.kernels.rows import floats, halves, row_cap, row_exp, row_max
 from tpmpi.kernels.tiles import LANES, PER_STEP, X_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
@@ -52,13 +53,12 @@ def runs_of(blocks, pinned, block, sinks, oldest, stop):
 
 
 @helper
-def pieces_of(runs, sinks, low, high, unit):
-    """The parts of the runs with positions below `sinks` and from low to high - 1, ascending.
+def pieces_of(runs, sinks, low, high, unit, pieces):
+    """The parts of the runs with positions below `sinks` and from low to high - 1, ascending; their number, and columns.
 
-    [pieces, 4] column of the scores, position, keys, first slot.  A piece takes whole panels of `unit` columns, 16 or a
-    multiple; the slot of a column is then the same modulo `unit`, whatever low is.
+    pieces: room for two of each run, [pieces, 4] column of the scores, position, keys, first slot.  A piece takes whole
+    panels of `unit` columns, 16 or a multiple; the slot of a column is then the same modulo `unit`, whatever low is.
     """
-    pieces = np.empty((2 * len(runs), 4), np.int64)
     n = width = 0
     for part in range(0 if sinks > 0 else 1, 2):
         begin, end = (0, min(sinks, low)) if part == 0 else (low, high)
@@ -69,7 +69,16 @@ def pieces_of(runs, sinks, low, high, unit):
                 pieces[n, 0], pieces[n, 1], pieces[n, 2], pieces[n, 3] = width, first, last - first, slot
                 width += panels_of(slot, last - first, unit) * unit
                 n += 1
-    return pieces[:n].copy(), width
+    return n, width
+
+
+@helper
+def most_columns(runs, unit):
+    """Of the pieces of some runs."""
+    columns = 0
+    for run in range(len(runs)):
+        columns += runs[run, 1] + 4 * unit  # two pieces, that fill panels up at both ends
+    return columns // unit * unit
 
 
 @helper
@@ -88,11 +97,11 @@ def hide(scores, first, last):
 
 
 @helper
-def mask_row(scores, width, pieces, position, window, cap, sinks, unit):
+def mask_row(scores, width, pieces, count_pieces, position, window, cap, sinks, unit):
     """Caps a row of scores, an address, and hides the keys that a query does not see; returns the largest that is left."""
     if cap > 0:
         row_cap(scores, width // LANES, cap)
-    for piece in range(len(pieces)):
+    for piece in range(count_pieces):
         column, first, count, skip = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3] % unit
         kept = min(count, max(0, sinks - first))  # the window hides none of these
         low = min(count, max(0, position - window + 1 - first))
@@ -103,18 +112,25 @@ def mask_row(scores, width, pieces, position, window, cap, sinks, unit):
     return row_max(scores, width // LANES)
 
 
+@helper
+def first_query(q, first_row, head, heads, i):
+    """Where the i-th of a block's queries begins, whose heads are the inner ones."""
+    return ((first_row + i // heads) * q.shape[1] + head + i % heads) * q.shape[2]
+
+
 def _attention(kind: str):
     """share(…) for a cache of float32 or bfloat16; pairs: of bfloat16, which Q and the exponentials are rounded to as well."""
     add_panels, each, pairs = float_panels(kind), PER_STEP.get(kind, 2), kind == 'pairs'
     x_bytes = X_STEP[kind] // each
 
     @helper
-    def taken(x):
-        """x as the products take it."""
+    def taken(x, count, rounded):
+        """Where float32 numbers lie as the products take them, which may be `rounded`; addresses."""
         if not pairs:
             return x
-        rounded = np.empty(x.shape, np.uint16)
-        narrow(x, rounded, 0, 1)
+        numbers, to = floats(x, count), halves(rounded, count)
+        for i in range(count):
+            to[i] = bfloat16(numbers[i])
         return rounded
 
     @helper
@@ -122,64 +138,85 @@ def _attention(kind: str):
         add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row)
 
     @inlined
-    def attend_block(q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, b):
-        """`rows` queries from row first_row and position `position` on, all heads that read one KV head."""
-        dim = q.shape[2]
+    def attend_block(q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa,
+                     oa, fa, b):
+        """`rows` queries from row first_row and position `position` on, all heads that read one KV head.
+
+        k, v: where that one's begin; xa, sa, pa, oa, fa: room for Q, scores, exponentials as they are multiplied, sums, factors.
+        """
+        dim, m = q.shape[2], rows * heads
         wide, even = -(-dim // LANES) * LANES, -(-dim // each) * each
         low, high = max(oldest, position - window + 1), position + rows  # positions that some row sees
-        pieces, width = pieces_of(runs, sinks, low, high, LANES)
-        m = rows * heads
-        x, s, out = np.zeros((m, even), np.float32), np.zeros((m, width), np.float32), np.zeros((m, wide), np.float32)
-        for row in range(rows):
-            for h in range(heads):
-                for i in range(dim):
-                    x[row * heads + h, i] = q[first_row + row, head + h, i] * scale
-        x = taken(x)
-        xa, sa, oa, ka, va = x.ctypes.data, s.ctypes.data, out.ctypes.data, k.ctypes.data, v.ctypes.data
+        number, width = pieces_of(runs, sinks, low, high, LANES, pieces)
+        for i in range(m):
+            query = floats(q.ctypes.data + 4 * first_query(q, first_row, head, heads, i), dim)
+            row = floats(xa + 4 * even * i, even)
+            for j in range(dim):
+                row[j] = query[j] * scale
+            if even > dim:
+                row[dim] = 0
+        x = taken(xa, m * even, pa)
+        scores, sums, factors = floats(sa, m * width), floats(oa, m * wide), floats(fa, m)
+        for i in range(m * width):
+            scores[i] = 0
+        for i in range(m * wide):
+            sums[i] = 0
         panel = even * LANES * 4 // each
-        for piece in range(len(pieces)):
+        for piece in range(number):
             column, slot = pieces[piece, 0], pieces[piece, 3]
-            add(xa, x_bytes * even, m, ka + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES),
+            add(x, x_bytes * even, m, k + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES),
                 even // each, sa + 4 * column, 4 * width)
-        factor = np.empty(m, np.float32)
         for i in range(m):
             row = sa + 4 * width * i
-            top = mask_row(row, width, pieces, position + i // heads, window, cap, sinks, LANES)
-            factor[i] = f32(1) / row_exp(row, width // LANES, top)
-        p = taken(s)
-        pa = p.ctypes.data
-        for piece in range(len(pieces)):
+            top = mask_row(row, width, pieces, number, position + i // heads, window, cap, sinks, LANES)
+            factors[i] = f32(1) / row_exp(row, width // LANES, top)
+        p = taken(sa, m * width, pa)
+        for piece in range(number):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             begin, end = slot // each * each, -(-last // each) * each
             for at in range(begin, end, V_ROWS):
-                add(pa + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, va + at * wide * 4 // each,
+                add(p + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, v + at * wide * 4 // each,
                     LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
-        for row in range(rows):
-            for h in range(heads):
-                for i in range(dim):
-                    b[first_row + row, head + h, i] = out[row * heads + h, i] * factor[row * heads + h]
-        keep(x)
-        keep(s)
-        keep(p)
-        keep(k)
-        keep(v)
+        for i in range(m):
+            result = floats(b.ctypes.data + 4 * first_query(q, first_row, head, heads, i), dim)
+            out = floats(oa + 4 * wide * i, dim)
+            for j in range(dim):
+                result[j] = out[j] * factors[i]
+        keep(q)
+        keep(b)
 
     @helper
     def share(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, t, threads):
         """Every threads-th task from the t-th on; a task is a block of rows of a segment and a KV head."""
-        largest, task = 1, 0
+        largest, task, dim = 1, 0, -(-q.shape[2] // LANES) * LANES
+        k_head, v_head = k.shape[1] * k.shape[2] * k.itemsize, v.shape[1] * v.shape[2] * v.itemsize
         for group in range(len(groups)):
             largest = max(largest, groups[group, 1] - groups[group, 0])
+        room, columns = np.empty(0, np.uint8), 0
+        pieces = np.empty((2, 4), np.int64)
         for i in range(len(table)):
             row, rows, start, oldest, ring = table[i, 0], table[i, 1], table[i, 2], table[i, 3], blocks[table[i, 4]:table[i, 5]]
             runs = runs_of(ring, table[i, 6], block, sinks, oldest, start + rows)
             each_block = max(FEWEST_ROWS, min(MOST_ROWS, SCORES // (largest * (start + rows - oldest))))
+            columns, m = most_columns(runs, LANES), min(rows, each_block) * largest
+            x_size, s_size = 4 * m * dim, 4 * m * columns
+            p_size = max(x_size, s_size)
+            if len(room) < 2 * x_size + s_size + p_size + 4 * m:
+                room = aligned(2 * x_size + s_size + p_size + 4 * m)
+            if len(pieces) < 2 * len(runs):
+                pieces = np.empty((2 * len(runs), 4), np.int64)
+            xa = room.ctypes.data
+            oa, sa, pa = xa + x_size, xa + 2 * x_size, xa + 2 * x_size + s_size
             for at in range(0, rows, each_block):
                 for group in range(len(groups)):
                     if task % threads == t:
-                        attend_block(q, k[group], v[group], groups[group, 0], groups[group, 1] - groups[group, 0],
-                                     min(each_block, rows - at), row + at, start + at, oldest, window, scale, cap, sinks, runs, b)
+                        attend_block(q, k.ctypes.data + group * k_head, v.ctypes.data + group * v_head, groups[group, 0],
+                                     groups[group, 1] - groups[group, 0], min(each_block, rows - at), row + at, start + at,
+                                     oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, pa + p_size, b)
                     task += 1
+        keep(k)
+        keep(v)
+        keep(room)
 
     return share
 

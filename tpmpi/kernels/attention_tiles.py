@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, aligned, registers, release, row_exp_parts, row_parts, tile_blocks
-from tpmpi.kernels.attention import FEWEST_ROWS, TYPES, mask_row, panels_of, pieces_of, runs_of
+from tpmpi.kernels.alignment import aligned
+from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, registers, release, row_exp_parts, row_parts, tile_blocks
+from tpmpi.kernels.attention import FEWEST_ROWS, TYPES, first_query, mask_row, most_columns, panels_of, pieces_of, runs_of
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
-from tpmpi.kernels.rows import floats
+from tpmpi.kernels.rows import floats, words
 from tpmpi.kernels.tiles import LANES, keep
 
 SCORES = 1 << 17  # of one block of rows: 512 KiB, a fourth of a second-level cache
@@ -40,89 +41,101 @@ def _attention(parts: int):
                     one(tiles, x + m * x_row, x_part, w + p * w_panel, 0, w_panel, w_step, w_row, steps, to, out_row, first)
 
     @helper
-    def some_of(v, first, low, high, buffer):
-        """The 32 slots of V from the first on, those outside low to high - 1 as zeros.  v, buffer: [slots / 2, 2 head_dim]"""
+    def some_of(v, dim, first, low, high, buffer):
+        """32 slots of V, from address v on and numbered from `first`, into a buffer, those outside low to high - 1 as zeros."""
         for pair in range(TILE_K // 2):
-            for j in range(v.shape[1]):
-                at = first + 2 * pair + j % 2
-                buffer[pair, j] = v[at // 2, j] if low <= at < high else 0
+            at = first + 2 * pair
+            mask = np.uint32(0xFFFF if low <= at < high else 0) | np.uint32(0xFFFF0000 if low <= at + 1 < high else 0)
+            source, target = words(v + 4 * dim * pair, dim), words(buffer + 4 * dim * pair, dim)
+            for j in range(dim):
+                target[j] = source[j] & mask
 
     @inlined
-    def attend_block(tiles, q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, b):
-        """`rows` queries from row first_row and position `position` on, all heads that read one KV head."""
+    def attend_block(tiles, q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, pieces, xa,
+                     sa, pa, oa, fa, edge, b):
+        """`rows` queries from row first_row and position `position` on, all heads that read one KV head.
+
+        k, v: where that one's begin; xa, sa, pa, oa, fa, edge: room for Q and the exponentials in tiles, scores, sums,
+        factors and a tile's part of V.
+        """
         dim, m = q.shape[2], rows * heads
         row_tiles, dim_steps = -(-m // TILE_ROWS), dim // TILE_K
         low, high = max(oldest, position - window + 1), position + rows  # positions that some row sees
-        pieces, width = pieces_of(runs, sinks, low, high, TILE_K)
+        number, width = pieces_of(runs, sinks, low, high, TILE_K, pieces)
         x_row, p_row = dim_steps * TILE, width // TILE_K * TILE
-        x, p = aligned(parts * row_tiles * x_row), aligned(parts * row_tiles * p_row)
-        scores = aligned(row_tiles * TILE_ROWS * 4 * width)
-        output = aligned(row_tiles * TILE_ROWS * 4 * dim)
+        factors = floats(fa, m)
         for i in range(m):
-            query = q.ctypes.data + 4 * dim * ((first_row + i // heads) * q.shape[1] + head + i % heads)
-            split(query, x.ctypes.data + i // TILE_ROWS * x_row + i % TILE_ROWS * ROW, row_tiles * x_row, dim_steps, f32(scale))
-        for piece in range(len(pieces)):
+            query = q.ctypes.data + 4 * first_query(q, first_row, head, heads, i)
+            split(query, xa + i // TILE_ROWS * x_row + i % TILE_ROWS * ROW, row_tiles * x_row, dim_steps, f32(scale))
+        for piece in range(number):
             column, count, slot = pieces[piece, 0], pieces[piece, 2], pieces[piece, 3]
-            at = k.ctypes.data + slot // TILE_K * (2 * dim * 2 * LANES)
-            multiply(tiles, x.ctypes.data, row_tiles * x_row, x_row, row_tiles, at, dim * 2 * LANES, TILE, ROW,
-                     panels_of(slot, count, TILE_K) * 2, dim_steps, scores.ctypes.data + 4 * column, 4 * width, True)
-        factor = np.empty(m, np.float32)
+            at = k + slot // TILE_K * (2 * dim * 2 * LANES)
+            multiply(tiles, xa, row_tiles * x_row, x_row, row_tiles, at, dim * 2 * LANES, TILE, ROW,
+                     panels_of(slot, count, TILE_K) * 2, dim_steps, sa + 4 * column, 4 * width, True)
         for i in range(m):
-            at = scores.ctypes.data + 4 * width * i
-            top = mask_row(at, width, pieces, position + i // heads, window, cap, sinks, TILE_K)
-            place = p.ctypes.data + i // TILE_ROWS * p_row + i % TILE_ROWS * ROW
-            factor[i] = f32(1) / exponentials(at, width // TILE_K, top, place, row_tiles * p_row)
-        pairs = v.reshape(-1, 2 * dim)
-        edge = aligned(TILE_K * dim * 2)
-        beside = edge.view(np.uint16).reshape(TILE_K // 2, 2 * dim)
+            at = sa + 4 * width * i
+            top = mask_row(at, width, pieces, number, position + i // heads, window, cap, sinks, TILE_K)
+            place = pa + i // TILE_ROWS * p_row + i % TILE_ROWS * ROW
+            factors[i] = f32(1) / exponentials(at, width // TILE_K, top, place, row_tiles * p_row)
         first = True
-        for piece in range(len(pieces)):
+        for piece in range(number):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             at, end = slot // TILE_K * TILE_K, last // TILE_K * TILE_K
-            x_at = p.ctypes.data + column // TILE_K * TILE
+            x_at = pa + column // TILE_K * TILE
             while at < last:
-                steps, w = 1, edge.ctypes.data
+                steps, w = 1, edge
                 if at >= slot and at < end:  # whole steps
-                    steps, w = (end - at) // TILE_K, v.ctypes.data + at * 2 * dim
+                    steps, w = (end - at) // TILE_K, v + at * 2 * dim
                 else:
-                    some_of(pairs, at, slot, last, beside)
+                    some_of(v + at * 2 * dim, dim, at, slot, last, edge)
                 multiply(tiles, x_at, row_tiles * p_row, p_row, row_tiles, w, ROW, TILE_K * 2 * dim, 4 * dim, dim // LANES, steps,
-                         output.ctypes.data, 4 * dim, first)
+                         oa, 4 * dim, first)
                 first = False
                 x_at += steps * TILE
                 at += steps * TILE_K
         for i in range(m):
-            out = floats(output.ctypes.data + 4 * dim * i, dim)
-            result = floats(b.ctypes.data + 4 * dim * ((first_row + i // heads) * q.shape[1] + head + i % heads), dim)
+            result = floats(b.ctypes.data + 4 * first_query(q, first_row, head, heads, i), dim)
+            out = floats(oa + 4 * dim * i, dim)
             for j in range(dim):
-                result[j] = out[j] * factor[i]
-        keep(x)
-        keep(p)
-        keep(scores)
-        keep(output)
-        keep(edge)
+                result[j] = out[j] * factors[i]
         keep(q)
         keep(b)
-        keep(k)
-        keep(v)
 
     @helper
     def share(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, t, threads):
         """Every threads-th task from the t-th on; a task is a block of rows of a segment and a KV head."""
-        largest, task, tiles = 1, 0, registers()
+        largest, task, dim, tiles = 1, 0, q.shape[2], registers()
+        k_head, v_head = 2 * k.shape[1] * k.shape[2], 2 * v.shape[1] * v.shape[2]
         for group in range(len(groups)):
             largest = max(largest, groups[group, 1] - groups[group, 0])
+        room, pieces = np.empty(0, np.uint8), np.empty((2, 4), np.int64)
         for i in range(len(table)):
             row, rows, start, oldest, ring = table[i, 0], table[i, 1], table[i, 2], table[i, 3], blocks[table[i, 4]:table[i, 5]]
             runs = runs_of(ring, table[i, 6], block, sinks, oldest, start + rows)
             each_block = max(FEWEST_ROWS, min(MOST_ROWS, SCORES // (largest * (start + rows - oldest))))
+            m = -(-min(rows, each_block) * largest // TILE_ROWS) * TILE_ROWS
+            columns = most_columns(runs, TILE_K)
+            x_size, p_size, s_size, o_size = parts * m * 2 * dim, parts * m * 2 * columns, m * 4 * columns, m * 4 * dim
+            size = x_size + p_size + s_size + o_size + TILE_K * 2 * dim + 4 * m
+            if len(room) < size:
+                room = aligned(size)
+            if len(pieces) < 2 * len(runs):
+                pieces = np.empty((2 * len(runs), 4), np.int64)
+            xa = room.ctypes.data
+            pa, sa, oa = xa + x_size, xa + x_size + p_size, xa + x_size + p_size + s_size
+            edge = oa + o_size
+            fa = edge + TILE_K * 2 * dim
             for at in range(0, rows, each_block):
                 for group in range(len(groups)):
                     if task % threads == t:
-                        attend_block(tiles, q, k[group], v[group], groups[group, 0], groups[group, 1] - groups[group, 0],
-                                     min(each_block, rows - at), row + at, start + at, oldest, window, scale, cap, sinks, runs, b)
+                        attend_block(tiles, q, k.ctypes.data + group * k_head, v.ctypes.data + group * v_head, groups[group, 0],
+                                     groups[group, 1] - groups[group, 0], min(each_block, rows - at), row + at, start + at,
+                                     oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, fa, edge, b)
                     task += 1
         release(tiles)
+        keep(k)
+        keep(v)
+        keep(room)
 
     return share
 

@@ -34,6 +34,7 @@ SLOTS = 2 * LANES  # of the cache that a kernel may read together
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
+SHARED_ROWS = 16  # of norms and activations
 NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
 
 
@@ -128,18 +129,16 @@ class Kernels:
             y[mine] = _scaled(y[mine], table, ids[mine])
         return y
 
-    @staticmethod
-    def rms_norm(x, gain, eps: float):
+    def rms_norm(self, x, gain, eps: float):
         """x / sqrt(mean(x^2) + eps) * gain.  [tokens, hidden] -> [tokens, hidden]"""
         y = np.empty_like(x)
-        elementwise.rms_norm(x, gain, eps, y)
+        elementwise.rms_norm(x, gain, eps, y, self._threads(x))
         return y
 
-    @staticmethod
-    def layer_norm(x, gain, bias, eps: float):
+    def layer_norm(self, x, gain, bias, eps: float):
         """(x - mean) / sqrt(variance + eps) * gain + bias; bias may be None.  [tokens, hidden] -> the same"""
         y = np.empty_like(x)
-        elementwise.layer_norm(x, gain, NOTHING if bias is None else bias, eps, y)
+        elementwise.layer_norm(x, gain, NOTHING if bias is None else bias, eps, y, self._threads(x))
         return y
 
     def added_norm(self, x, part, kind: str, gain, bias, eps: float):
@@ -148,7 +147,7 @@ class Kernels:
             part += x
             return self.layer_norm(part, gain, bias, eps)
         y = np.empty_like(x)
-        elementwise.add_rms_norm(x, part, gain, eps, y)
+        elementwise.add_rms_norm(x, part, gain, eps, y, self._threads(x))
         return y
 
     @staticmethod
@@ -197,6 +196,10 @@ class Kernels:
             product(self._input(x, weight, product), weight.data, y, self.threads)
         return y
 
+    def _threads(self, x) -> int:
+        """That share the rows of x: of few, one is done before the others have begun."""
+        return self.threads if len(x) >= SHARED_ROWS else 1
+
     def _unit(self, tokens: int, weight: Weight) -> matrix_units.Unit | None:
         """The matrix unit for so many rows, if there is one."""
         if tokens >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.TILE_K == 0:
@@ -218,13 +221,12 @@ class Kernels:
             elementwise.round_bfloat16(given, x)
         return _even(x, weight)
 
-    @staticmethod
-    def rope_append(qkv, num_heads: int, head_dim: int, rope, cache, slots):
+    def rope_append(self, qkv, num_heads: int, head_dim: int, rope, cache, slots):
         """Split the fused projection, turn Q and K, put K and V into the cache; returns Q [tokens, heads/n, head_dim]."""
         q = np.empty((len(qkv), num_heads, head_dim), np.float32)
         cos, sin = (qkv, qkv) if rope is None else (table[:, 0] for table in rope)
         append = elementwise.rope_append_float32 if cache.k.dtype == np.float32 else elementwise.rope_append_bfloat16
-        append(qkv, cos, sin, rope is not None, slots, q, cache.k, cache.v)
+        append(qkv, cos, sin, rope is not None, slots, q, cache.k, cache.v, self._threads(qkv))
         return q
 
     def attend(self, q, cache, query_groups, segments, window: int | None, scale: float, cap: float | None = None,
@@ -243,18 +245,16 @@ class Kernels:
             return attention_tiles.attend_rounded if self.rounded else attention_tiles.attend_tiles
         return attention.attend_pairs if self.pairs and kv_dtype == 'bfloat16' else getattr(attention, f'attend_{kv_dtype}')
 
-    @staticmethod
-    def activate(x, kind: str):
+    def activate(self, x, kind: str):
         """The MLP's activation, element by element."""
         y = np.empty_like(x)
-        elementwise.activate(x, elementwise.ACTIVATIONS[kind], y)
+        elementwise.activate(x, elementwise.ACTIVATIONS[kind], y, self._threads(x))
         return y
 
-    @staticmethod
-    def gated_activation(gate_up, kind: str):
+    def gated_activation(self, gate_up, kind: str):
         """activation(gate) * up.  [tokens, 2 ffn/n] -> [tokens, ffn/n]"""
         y = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
-        elementwise.gated_activation(gate_up, elementwise.ACTIVATIONS[kind], y)
+        elementwise.gated_activation(gate_up, elementwise.ACTIVATIONS[kind], y, self._threads(gate_up))
         return y
 
     def gated_linear(self, x, weight: Weight, kind: str):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import prange
 
-from tpmpi.kernels.jit import helper, kernel
+from tpmpi.kernels.jit import helper, kernel, shared_kernel
 from tpmpi.kernels.rows import exp, floats, row_add_squares, row_exp, row_max, row_squares, row_sum, row_turn, tanh
 from tpmpi.kernels.tiles import LANES, bits_of, float_of, keep
 
@@ -14,12 +15,12 @@ f32 = np.float32
 ACTIVATIONS = {'silu': 0, 'gelu': 1, 'gelu_tanh': 2, 'relu': 3, 'identity': 4}
 
 
-@kernel('void(f4[:, ::1], f4[::1], f4, f4[:, ::1])')
-def rms_norm(x, gain, eps, y):
+@helper
+def share_rms_norm(x, gain, eps, y, thread, threads):
     """y = x / sqrt(mean(x^2) + eps) * gain."""
     size = x.shape[1]
     whole = size // LANES
-    for t in range(x.shape[0]):
+    for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
         total = row_squares(x.ctypes.data + 4 * t * size, whole)
         for k in range(whole * LANES, size):
             total += x[t, k] * x[t, k]
@@ -31,12 +32,22 @@ def rms_norm(x, gain, eps, y):
     keep(y)
 
 
-@kernel('void(f4[:, ::1], f4[:, ::1], f4[::1], f4, f4[:, ::1])')
-def add_rms_norm(x, part, gain, eps, y):
+@shared_kernel('void(f4[:, ::1], f4[::1], f4, f4[:, ::1], i8)')
+def rms_norm(x, gain, eps, y, threads):
+    """y = x / sqrt(mean(x^2) + eps) * gain."""
+    if threads == 1:
+        share_rms_norm(x, gain, eps, y, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_rms_norm(x, gain, eps, y, np.int64(thread), threads)
+
+
+@helper
+def share_add_rms_norm(x, part, gain, eps, y, thread, threads):
     """part += x, and y = its norm."""
     size = x.shape[1]
     whole = size // LANES
-    for t in range(x.shape[0]):
+    for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
         at = 4 * t * size
         total = row_add_squares(x.ctypes.data + at, part.ctypes.data + at, whole)
         for k in range(whole * LANES, size):
@@ -49,6 +60,16 @@ def add_rms_norm(x, part, gain, eps, y):
     keep(x)
     keep(part)
     keep(y)
+
+
+@shared_kernel('void(f4[:, ::1], f4[:, ::1], f4[::1], f4, f4[:, ::1], i8)')
+def add_rms_norm(x, part, gain, eps, y, threads):
+    """part += x, and y = its norm."""
+    if threads == 1:
+        share_add_rms_norm(x, part, gain, eps, y, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_add_rms_norm(x, part, gain, eps, y, np.int64(thread), threads)
 
 
 @helper
@@ -86,11 +107,21 @@ def normed(x, layer, gain, bias, eps, y):
         y[k] += bias[k]
 
 
-@kernel('void(f4[:, ::1], f4[::1], f4[::1], f4, f4[:, ::1])')
-def layer_norm(x, gain, bias, eps, y):
+@helper
+def share_layer_norm(x, gain, bias, eps, y, thread, threads):
     """y = (x - mean) / sqrt(variance + eps) * gain + bias; an empty bias is none."""
-    for t in range(x.shape[0]):
+    for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
         normed(x[t], True, gain, bias, eps, y[t])
+
+
+@shared_kernel('void(f4[:, ::1], f4[::1], f4[::1], f4, f4[:, ::1], i8)')
+def layer_norm(x, gain, bias, eps, y, threads):
+    """y = (x - mean) / sqrt(variance + eps) * gain + bias; an empty bias is none."""
+    if threads == 1:
+        share_layer_norm(x, gain, bias, eps, y, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_layer_norm(x, gain, bias, eps, y, np.int64(thread), threads)
 
 
 @kernel('void(i8, i8, i8, i8, i8, b1, f4[::1], f4[::1], f4)')
@@ -141,10 +172,10 @@ def activation(x, kind):
     return x
 
 
-@kernel('void(f4[:, ::1], i8, f4[:, ::1])')
-def activate(x, kind, y):
+@helper
+def share_activate(x, kind, y, thread, threads):
     """y = activation(x)."""
-    for t in range(x.shape[0]):
+    for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
         if kind == 0:  # in a loop of its own, without a choice inside, it vectorizes
             for k in range(x.shape[1]):
                 y[t, k] = x[t, k] / (f32(1) + exp(-x[t, k]))
@@ -153,11 +184,21 @@ def activate(x, kind, y):
                 y[t, k] = activation(x[t, k], kind)
 
 
-@kernel('void(f4[:, ::1], i8, f4[:, ::1])')
-def gated_activation(gate_up, kind, y):
+@shared_kernel('void(f4[:, ::1], i8, f4[:, ::1], i8)')
+def activate(x, kind, y, threads):
+    """y = activation(x)."""
+    if threads == 1:
+        share_activate(x, kind, y, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_activate(x, kind, y, np.int64(thread), threads)
+
+
+@helper
+def share_gated_activation(gate_up, kind, y, thread, threads):
     """y = activation(gate) * up.  gate_up [tokens, 2 ffn/n]"""
     ffn = y.shape[1]
-    for t in range(y.shape[0]):
+    for t in range(len(y) * thread // threads, len(y) * (thread + 1) // threads):
         if kind == 0:
             for k in range(ffn):
                 gate = gate_up[t, k]
@@ -165,6 +206,16 @@ def gated_activation(gate_up, kind, y):
         else:
             for k in range(ffn):
                 y[t, k] = activation(gate_up[t, k], kind) * gate_up[t, ffn + k]
+
+
+@shared_kernel('void(f4[:, ::1], i8, f4[:, ::1], i8)')
+def gated_activation(gate_up, kind, y, threads):
+    """y = activation(gate) * up.  gate_up [tokens, 2 ffn/n]"""
+    if threads == 1:
+        share_gated_activation(gate_up, kind, y, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_gated_activation(gate_up, kind, y, np.int64(thread), threads)
 
 
 @helper
@@ -203,11 +254,11 @@ def turn(x, cos, sin, count, dim, y):
 
 
 @helper
-def turn_queries(qkv, cos, sin, rope, q):
-    """The first columns of the fused projection, turned, as Q."""
+def turn_queries(qkv, cos, sin, rope, q, thread, threads):
+    """The first columns of the fused projection, turned, as Q; the rows of a thread."""
     heads, dim = q.shape[1], q.shape[2]
     count = cos.shape[1] if rope else 0
-    for t in range(len(qkv)):
+    for t in range(len(qkv) * thread // threads, len(qkv) * (thread + 1) // threads):
         x, y = qkv.ctypes.data + 4 * t * qkv.shape[1], q.ctypes.data + 4 * t * heads * dim
         table = 4 * t * cos.shape[1]
         for head in range(heads):
@@ -216,15 +267,15 @@ def turn_queries(qkv, cos, sin, rope, q):
     keep(q)
 
 
-@kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1])')
-def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values):
+@helper
+def share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, thread, threads):
     """Q turned; K, turned, and V into the cache (see attention.py for its layout)."""
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
-    turn_queries(qkv, cos, sin, rope, q)
+    turn_queries(qkv, cos, sin, rope, q, thread, threads)
     k, v = keys.reshape(kv_heads, -1), values.reshape(kv_heads, -1)
     wide, count = -(-dim // LANES) * LANES, cos.shape[1] if rope else 0
     turned = np.empty(dim, np.float32)
-    for t in range(len(qkv)):
+    for t in range(len(qkv) * thread // threads, len(qkv) * (thread + 1) // threads):
         x, table, slot = qkv.ctypes.data + 4 * t * qkv.shape[1], 4 * t * cos.shape[1], slots[t]
         panel = slot // LANES * (dim * LANES) + slot % LANES
         for head in range(kv_heads):
@@ -241,17 +292,27 @@ def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values):
     keep(turned)
 
 
-@kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1])')
-def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values):
+@shared_kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], i8)')
+def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, threads):
+    """Q turned; K, turned, and V into the cache (see attention.py for its layout)."""
+    if threads == 1:
+        share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, np.int64(thread), threads)
+
+
+@helper
+def share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, thread, threads):
     """The same into a cache of bfloat16."""
     heads, dim, kv_heads = q.shape[1], q.shape[2], len(keys)
-    turn_queries(qkv, cos, sin, rope, q)
+    turn_queries(qkv, cos, sin, rope, q, thread, threads)
     wide, even, count = -(-dim // LANES) * LANES, dim + dim % 2, cos.shape[1] if rope else 0
     k, v = keys.reshape(kv_heads, -1).view(np.uint32), values.reshape(kv_heads, -1)
     v_pairs = v.view(np.uint32)
     turned, halves = np.zeros(even, np.float32), np.empty(even, np.uint16)
     pairs = halves.view(np.uint32)
-    for t in range(len(qkv)):
+    for t in range(len(qkv) * thread // threads, len(qkv) * (thread + 1) // threads):
         x, table, slot = qkv.ctypes.data + 4 * t * qkv.shape[1], 4 * t * cos.shape[1], slots[t]
         panel = slot // LANES * (even // 2 * LANES) + slot % LANES
         before, after = t > 0 and slots[t - 1] == slot - 1, t + 1 < len(qkv) and slots[t + 1] == slot + 1
@@ -274,6 +335,16 @@ def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values):
     keep(cos)
     keep(sin)
     keep(turned)
+
+
+@shared_kernel('void(f4[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], i8)')
+def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, threads):
+    """The same into a cache of bfloat16."""
+    if threads == 1:
+        share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, 0, 1)
+    else:
+        for thread in prange(threads):
+            share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, np.int64(thread), threads)
 
 
 @kernel('void(f4[:, ::1], f4[::1])')

@@ -29,8 +29,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tpmpi.kernels import alignment, amx, products
-from tpmpi.kernels.alignment import LINE
-from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, aligned, row_silu_parts, rows_in_tiles, tile_blocks
+from tpmpi.kernels.alignment import LINE, aligned
+from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, row_silu_parts, rows_in_tiles, tile_blocks
 from tpmpi.kernels.elementwise import narrow
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
 from tpmpi.kernels.products import PRODUCT, float_product
@@ -347,6 +347,11 @@ class Tiles:
         bits = self.data.view(np.uint16).reshape(parts, row_tiles, steps, TILE_ROWS, TILE_K).swapaxes(2, 3)
         bits = bits.reshape(parts, -1, steps * TILE_K)[:, :self.tokens].astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32).sum(axis=0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[tokens, features], without what fills the last tile up."""
+        return self.tokens, self.data.shape[2] * TILE_K
 
     @property
     def nbytes(self) -> int:

@@ -78,17 +78,22 @@ def tanh(typing_context, x):
     return types.float32(types.float32), lambda context, builder, signature, args: hyperbolic_tangent(builder, args[0])
 
 
-@intrinsic
-def _float_pointer(typing_context, address):
-    def emit(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-    return types.CPointer(types.float32)(types.int64), emit
+def _array_at(kind):
+    """view(address, count): the array that lies at an address; its owner must outlive it.  Nobody counts references to it."""
+    @intrinsic
+    def pointer(typing_context, address):
+        def emit(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return types.CPointer(kind)(types.int64), emit
+
+    @helper
+    def view(address, count):
+        return carray(pointer(address), (count,))
+
+    return view
 
 
-@helper
-def floats(address, count):
-    """The float32 array that lies at an address; its owner must outlive it."""
-    return carray(_float_pointer(address), (count,))
+floats, words, halves = (_array_at(kind) for kind in (types.float32, types.uint32, types.uint16))
 
 
 def _walk(e: Emit, address, panels, start: float, step):
