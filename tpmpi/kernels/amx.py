@@ -249,14 +249,14 @@ def tile_blocks(x_parts: int, w_parts: int):
     """(two, one): out = two tiles' rows, or one's, of x times two panels; added to out where not `first`.
 
     All are addresses, and strides in bytes: of x between parts and between rows of tiles; of w between parts, panels, steps
-    of 32 along k, and the tile's own rows; of out between rows.  Meanwhile `two` asks for what comes next: for so many
-    lines of weights in each step, from two places, and for the rows of out below.
+    of 32 along k, and the tile's own rows; of out between rows.  Meanwhile they ask for what comes next: for so many
+    lines of weights in each step, so many bytes apart, from two places, and for the rows of `next_out`, if that is not 0.
     """
     most = max(x_parts, w_parts)
 
     @inlined
     def two(registers, x, x_part, x_row, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first, next_w, other_w, lines,
-            next_out):
+            line, next_out):
         if first:
             zero0(registers)
             zero1(registers)
@@ -270,8 +270,8 @@ def tile_blocks(x_parts: int, w_parts: int):
         rows = -(-2 * TILE_ROWS // max(1, steps)) if next_out else 0  # of out to be asked for in a step
         for step in range(steps):
             for i in range(step * lines, (step + 1) * lines):
-                prefetch(next_w + i * LINE)
-                prefetch(other_w + i * LINE)
+                prefetch(next_w + i * line)
+                prefetch(other_w + i * line)
             for i in range(step * rows, (step + 1) * rows):
                 prefetch_to_write(next_out + i * out_row)
                 prefetch_to_write(next_out + i * out_row + LINE)
@@ -293,7 +293,8 @@ def tile_blocks(x_parts: int, w_parts: int):
         store3(registers, out + TILE_ROWS * out_row + ROW, out_row)
 
     @inlined
-    def one(registers, x, x_part, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first):
+    def one(registers, x, x_part, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first, next_w, other_w, lines,
+            line):
         if first:
             zero0(registers)
             zero1(registers)
@@ -301,6 +302,9 @@ def tile_blocks(x_parts: int, w_parts: int):
             load0(registers, out, out_row)
             load1(registers, out + ROW, out_row)
         for step in range(steps):
+            for i in range(step * lines, (step + 1) * lines):
+                prefetch(next_w + i * line)
+                prefetch(other_w + i * line)
             for p in range(w_parts):
                 at = w + p * w_part + step * w_step
                 load6(registers, at, w_row)

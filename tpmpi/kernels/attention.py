@@ -223,9 +223,11 @@ def _attention(kind: str):
 
 _float32, _bfloat16, _pairs = _attention('float32'), _attention('bfloat16'), _attention('pairs')
 TYPES = 'i8[:, ::1], i8[:, ::1], i8[::1], i8, i8, f4, f4, i8, f4[:, :, ::1], i8'
+ATTEND_FLOAT32 = f'void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], {TYPES})'
+ATTEND_BFLOAT16 = f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})'
 
 
-@shared_kernel(f'void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], {TYPES})')
+@shared_kernel(ATTEND_FLOAT32)
 def attend_float32(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """B of a step.
 
@@ -237,14 +239,14 @@ def attend_float32(q, k, v, groups, table, blocks, block, window, scale, cap, si
         _float32(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)
 
 
-@shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
+@shared_kernel(ATTEND_BFLOAT16)
 def attend_bfloat16(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """The same from a cache of bfloat16."""
     for t in prange(threads):
         _bfloat16(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)
 
 
-@shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
+@shared_kernel(ATTEND_BFLOAT16)
 def attend_pairs(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """The same in products of bfloat16, where activations may be rounded."""
     for t in prange(threads):

@@ -11,9 +11,18 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from tpmpi.kernels.alignment import aligned
+from tpmpi.kernels.alignment import LINE, aligned
 from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, registers, release, row_exp_parts, row_parts, tile_blocks
-from tpmpi.kernels.attention import FEWEST_ROWS, TYPES, first_query, mask_row, most_columns, panels_of, pieces_of, runs_of
+from tpmpi.kernels.attention import (
+    ATTEND_BFLOAT16,
+    FEWEST_ROWS,
+    first_query,
+    mask_row,
+    most_columns,
+    panels_of,
+    pieces_of,
+    runs_of,
+)
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.rows import floats, words
 from tpmpi.kernels.tiles import LANES, keep
@@ -29,16 +38,21 @@ def _attention(parts: int):
     split, exponentials = row_parts(parts), row_exp_parts(parts)
 
     @helper
-    def multiply(tiles, x, x_part, x_row, row_tiles, w, w_panel, w_step, w_row, panels, steps, out, out_row, first):
-        """out (+)= x · w for whole tiles of rows and pairs of panels."""
+    def multiply(tiles, x, x_part, x_row, row_tiles, w, w_panel, w_step, w_row, panels, steps, out, out_row, first, also):
+        """out (+)= x · w for whole tiles of rows and pairs of panels.
+
+        also: where as many bytes lie that will be needed next, or 0; they are asked for meanwhile.
+        """
         for p in range(0, panels, 2):
             for m in range(0, row_tiles, 2):
-                to = out + m * TILE_ROWS * out_row + p * ROW
+                to, at = out + m * TILE_ROWS * out_row + p * ROW, w + p * w_panel
+                soon, pairs = also + p * w_panel, TILE // LINE if m == 0 and also else 0
                 if m + 1 < row_tiles:
-                    two(tiles, x + m * x_row, x_part, x_row, w + p * w_panel, 0, w_panel, w_step, w_row, steps, to, out_row,
-                        first, 0, 0, 0, 0)
+                    two(tiles, x + m * x_row, x_part, x_row, at, 0, w_panel, w_step, w_row, steps, to, out_row, first, soon,
+                        soon + LINE, pairs, 2 * LINE, 0)
                 else:
-                    one(tiles, x + m * x_row, x_part, w + p * w_panel, 0, w_panel, w_step, w_row, steps, to, out_row, first)
+                    one(tiles, x + m * x_row, x_part, at, 0, w_panel, w_step, w_row, steps, to, out_row, first, soon,
+                        soon + LINE, pairs, 2 * LINE)
 
     @helper
     def some_of(v, dim, first, low, high, buffer):
@@ -71,7 +85,8 @@ def _attention(parts: int):
             column, count, slot = pieces[piece, 0], pieces[piece, 2], pieces[piece, 3]
             at = k + slot // TILE_K * (2 * dim * 2 * LANES)
             multiply(tiles, xa, row_tiles * x_row, x_row, row_tiles, at, dim * 2 * LANES, TILE, ROW,
-                     panels_of(slot, count, TILE_K) * 2, dim_steps, sa + 4 * column, 4 * width, True)
+                     panels_of(slot, count, TILE_K) * 2, dim_steps, sa + 4 * column, 4 * width, True,
+                     v + slot // TILE_K * (2 * dim * 2 * LANES))
         for i in range(m):
             at = sa + 4 * width * i
             top = mask_row(at, width, pieces, number, position + i // heads, window, cap, sinks, TILE_K)
@@ -89,7 +104,7 @@ def _attention(parts: int):
                 else:
                     some_of(v + at * 2 * dim, dim, at, slot, last, edge)
                 multiply(tiles, x_at, row_tiles * p_row, p_row, row_tiles, w, ROW, TILE_K * 2 * dim, 4 * dim, dim // LANES, steps,
-                         oa, 4 * dim, first)
+                         oa, 4 * dim, first, 0)
                 first = False
                 x_at += steps * TILE
                 at += steps * TILE_K
@@ -143,14 +158,14 @@ def _attention(parts: int):
 _whole, _half = _attention(1), _attention(2)
 
 
-@shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
+@shared_kernel(ATTEND_BFLOAT16)
 def attend_rounded(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """B of a step as `attention.attend_bfloat16` gives it, Q and the exponentials rounded; head_dim is a multiple of 32."""
     for t in prange(threads):
         _whole(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, np.int64(t), threads)
 
 
-@shared_kernel(f'void(f4[:, :, ::1], u2[:, :, ::1], u2[:, :, ::1], {TYPES})')
+@shared_kernel(ATTEND_BFLOAT16)
 def attend_tiles(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, threads):
     """The same, Q and the exponentials in two parts, 16 bits of each."""
     for t in prange(threads):

@@ -30,7 +30,6 @@ from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LA
 from tpmpi.weights import Stored, Weight
 
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.uint8, 'int4': np.uint8}  # a panel seen as these
-SLOTS = 2 * LANES  # of the cache that a kernel may read together
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
@@ -52,7 +51,7 @@ class Kernels:
 
     def __init__(self, threads: int = 1, activations: str = 'float32', units: bool = True):
         self.threads, self.rounded = threads, activations == 'bfloat16'
-        self.recent = Recent()
+        self.recent, self.arena = Recent(), alignment.Arena()
         coarse = activations == 'int8'
         self.pairs = matrix_units.PAIRS if units and self.rounded else {}
         self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | self.pairs  # by kind of weight
@@ -99,7 +98,7 @@ class Kernels:
         else:
             assert k % GROUP == 0
             size = k // GROUP * GROUP_BYTES[kind]
-        data = alignment.zeros((count, -(-outputs // LANES), size), np.uint8)
+        data = self.arena.zeros((count, -(-outputs // LANES), size), np.uint8)
         if self.threads > 1:
             for matrix in data:
                 packing.touch(matrix, self.threads)
@@ -224,7 +223,7 @@ class Kernels:
     def rope_append(self, qkv, num_heads: int, head_dim: int, rope, cache, slots):
         """Split the fused projection, turn Q and K, put K and V into the cache; returns Q [tokens, heads/n, head_dim]."""
         q = np.empty((len(qkv), num_heads, head_dim), np.float32)
-        cos, sin = (qkv, qkv) if rope is None else (table[:, 0] for table in rope)
+        cos, sin = (qkv, qkv) if rope is None else self.recent.of(rope, _rows_of)
         append = elementwise.rope_append_float32 if cache.k.dtype == np.float32 else elementwise.rope_append_bfloat16
         append(qkv, cos, sin, rope is not None, slots, q, cache.k, cache.v, self._threads(qkv))
         return q
@@ -337,19 +336,24 @@ class Kernels:
 
     # ---- the cache
 
-    @staticmethod
-    def new_cache(kv_heads: int, slots: int, head_dim: int, kv_dtype: str, xp=np):
+    def new_cache(self, kv_heads: int, slots: int, head_dim: int, kv_dtype: str, xp=np):
         """One layer's K and V; each [kv_heads/n, slots, head_dim] in attention.py's order, and filled up as that says."""
         dtype, even = (np.float32, head_dim) if kv_dtype == 'float32' else (np.uint16, head_dim + head_dim % 2)
-        slots = -(-slots // SLOTS) * SLOTS
-        wide = -(-head_dim // LANES) * LANES
-        return alignment.zeros((kv_heads, slots, even), dtype), alignment.zeros((kv_heads, slots, wide), dtype)
+        slots, wide = -(-slots // LANES) * LANES, -(-head_dim // LANES) * LANES
+        spare = 2 * LANES * wide  # tiles take 32 slots together
+        return tuple(self.arena.zeros((kv_heads, slots, width), dtype, spare) for width in (even, wide))
 
 
 @lru_cache
 def _bounds(groups: tuple[range, ...]) -> np.ndarray:
     """[kv_heads/n, 2] first query head of each, and the one after its last."""
     return np.array([(g.start, g.stop) for g in groups], np.int64).reshape(-1, 2)
+
+
+def _rows_of(rope) -> tuple[np.ndarray, np.ndarray]:
+    """Both RoPE tables as kernels take them.  [tokens, 1, rotary_dim] -> [tokens, rotary_dim]"""
+    cos, sin = rope
+    return cos[:, 0], sin[:, 0]
 
 
 def _tables(segments) -> tuple[np.ndarray, np.ndarray]:

@@ -155,4 +155,6 @@ FOLDER = cache_folder()
 if os.environ.get('TPMPI_MATRIX_UNITS', 'auto') == 'auto' and MATRIX_UNITS != 'none' and not units_work():
     MATRIX_UNITS = 'none'
     FOLDER = cache_folder()
+# whether vectors of pairs of bfloat16 are multiplied by an instruction: beside tiles, or alone
+HAS_PAIRS = MATRIX_UNITS in ('amx', 'avx512bf16') and WIDTH == 16 and 'avx512bf16' in FEATURES
 config.CACHE_DIR = str(FOLDER)

@@ -32,7 +32,7 @@ from tpmpi.kernels import alignment, amx, products
 from tpmpi.kernels.alignment import LINE, aligned
 from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, row_silu_parts, rows_in_tiles, tile_blocks
 from tpmpi.kernels.elementwise import narrow
-from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined, shared_kernel
+from tpmpi.kernels.jit import HAS_PAIRS, MATRIX_UNITS, helper, inlined, shared_kernel
 from tpmpi.kernels.products import PRODUCT, float_product
 from tpmpi.kernels.rows import floats
 from tpmpi.kernels.tiles import (
@@ -163,7 +163,9 @@ def tile_product(kind: str, x_parts: int, w_parts: int, gated: bool = False):
                 if width <= LANES:
                     panel = 0  # the same panel twice
                 last = min(first + block, row_tiles)
-                lines = -(-w_panel // (LINE * steps * max(1, (last - first) // 2)))  # of the next panels, in each step
+                lines = -(-w_panel // (LINE * steps * ((last - first + 1) // 2)))  # of the next panels to ask for, in each step
+                if last - first <= 2:  # then weights are all that is read, and the CPU foresees that
+                    lines = 0
                 ahead = w.ctypes.data + each * (pair + 1) * w_panel
                 for m in range(first, last, 2):
                     row, rows = m * TILE_ROWS, min(2 * TILE_ROWS, tokens - m * TILE_ROWS)
@@ -171,14 +173,14 @@ def tile_product(kind: str, x_parts: int, w_parts: int, gated: bool = False):
                     out, stride = spare.ctypes.data, 2 * ROW
                     if fits:
                         out, stride = y.ctypes.data + row * out_row + 4 * column, out_row
-                    x_at = x.ctypes.data + m * x_row
+                    x_at, soon = x.ctypes.data + m * x_row, lines * steps * LINE * (m - first) // 2
                     if m + 1 < row_tiles:
-                        soon = lines * steps * LINE * (m - first) // 2
                         below = out + 2 * TILE_ROWS * stride if fits and m + 3 < last else 0
                         two(registers, x_at, x_part, x_row, at, w_part, panel, TILE, ROW, steps, out, stride, True,
-                            ahead + soon, ahead + other + soon, lines, below)
+                            ahead + soon, ahead + other + soon, lines, LINE, below)
                     else:
-                        one(registers, x_at, x_part, at, w_part, panel, TILE, ROW, steps, out, stride, True)
+                        one(registers, x_at, x_part, at, w_part, panel, TILE, ROW, steps, out, stride, True,
+                            ahead + soon, ahead + other + soon, lines, LINE)
                     if not fits:
                         finish(spare.ctypes.data, y, row, rows, row_tiles, column, width)
         amx.release(registers)
@@ -366,7 +368,7 @@ TILES = {'float32': Unit(fill_three_parts, 3, tiles_float32), 'bfloat16': Unit(f
 ROUNDED_TILES = {'bfloat16': Unit(fill_tiles, 1, rounded_bfloat16, gated_bfloat16),
                  'int8': Unit(fill_tiles, 1, rounded_int8, gated_int8),
                  'int4': Unit(fill_tiles, 1, rounded_int4, gated_int4)} if HAS_TILES else {}
-PAIRS = {'bfloat16': pairs_bfloat16} if MATRIX_UNITS == 'avx512bf16' else {}
+PAIRS = {'bfloat16': pairs_bfloat16} if HAS_PAIRS else {}
 
 
 def self_check() -> bool:
@@ -374,16 +376,16 @@ def self_check() -> bool:
     from tpmpi.kernels.cpu import Kernels
     from tpmpi.weights import decode, encode
     rng, right = np.random.default_rng(0), True
-    for kind in {**TILES, **PAIRS}:
-        ops, plain = Kernels(activations='bfloat16' if PAIRS else 'float32'), products.MULTIPLY[kind]
+    for kind, activations in (*((kind, 'float32') for kind in TILES), *((kind, 'bfloat16') for kind in PAIRS)):
+        ops, plain = Kernels(activations=activations), products.MULTIPLY[kind]
         ops.build([*ops.needed_for([kind]), plain])
         stored = encode(rng.standard_normal((70, 96)).astype(np.float32), kind)
         weight = ops.new_weight(70, 96, False, kind, 'W')
         ops.fill(weight, 0, stored)
-        x = rng.standard_normal((37, 96)).astype(np.float32)
-        if PAIRS:
+        x = rng.standard_normal((37 if kind in TILES else 5, 96)).astype(np.float32)
+        if activations == 'bfloat16':
             x = decode(encode(x, 'bfloat16'))
-        found, expected = ops.linear(x, weight), np.empty((37, 70), np.float32)
+        found, expected = ops.linear(x, weight), np.empty((len(x), 70), np.float32)
         plain(x, weight.data, expected, 1)
         right &= bool(np.abs(found - expected).max() < 1e-3 * np.abs(expected).max())
     return right

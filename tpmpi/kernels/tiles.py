@@ -27,7 +27,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tpmpi.kernels.jit import HALVES, MATRIX_UNITS, VNNI, WIDTH, X86
+from tpmpi.kernels.jit import HALVES, HAS_PAIRS, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
 AHEAD = 1536  # bytes that a stream from memory is asked for beforehand: prefetchers of a CPU stop where a page ends
@@ -110,7 +110,7 @@ class Emit:
 
     def add_bfloat16(self, total, a, b):
         """total plus two neighbouring products of bfloat16."""
-        if MATRIX_UNITS == 'avx512bf16':
+        if HAS_PAIRS:
             return self.call(f'llvm.x86.avx512bf16.dpbf16ps.{32 * WIDTH}', total, a, b)
         (a0, a1), (b0, b1) = self.halves(a), self.halves(b)
         return self.fma(a0, b0, self.fma(a1, b1, total))
