@@ -22,6 +22,7 @@ pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
 
 from tpmpi.config import ModelConfig, Rope
 from tpmpi.kernels import jit, reference
+from tpmpi.kernels.alignment import BLOCK, LINE, Arena
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.kernels.elementwise import ACTIVATIONS
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
@@ -381,3 +382,36 @@ def test_nothing_of_numba_is_loaded_for_the_reference_kernels(models):
     command = [sys.executable, '-c', program, models['literal'][0]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.stdout.strip() == 'False', done.stderr
+
+
+# ---- where arrays lie
+
+
+def test_an_arena_gives_zeros_on_lines_that_nobody_else_has():
+    arena, rng = Arena(), np.random.default_rng(0)
+    arrays = [arena.zeros((int(rng.integers(1, 300)), 7), kind, 64) for kind in (np.float32, np.uint16, np.uint8) * 20]
+    arrays.append(arena.zeros((BLOCK + 5,), np.uint8))  # more than is asked for at once
+    arrays.append(arena.zeros((3,), np.float32))
+    for number, array in enumerate(arrays):
+        assert array.ctypes.data % LINE == 0 and array.flags.c_contiguous and not array.any()
+        array[:] = number % 100 + 1
+    for number, array in enumerate(arrays):
+        assert (array == number % 100 + 1).all()
+
+
+@pytest.mark.parametrize('threads', [2, 3])
+def test_rows_are_the_same_on_any_number_of_threads(threads):
+    """Norms, activations, RoPE and the cache; 37 rows, of which neighbours write into the same pairs of V."""
+    shared, rng, dim = Kernels(threads, units=False), np.random.default_rng(8), 24
+    x, part, gain = (rng.standard_normal(shape).astype(np.float32) for shape in ((37, 70), (37, 70), (70,)))
+    qkv, table = rng.standard_normal((37, 5 * dim)).astype(np.float32), rng.standard_normal((37, 1, dim)).astype(np.float32)
+    results = []
+    for kernels in (ops, shared):
+        cache, mine = LayerCache(*kernels.new_cache(1, 64, dim, 'bfloat16')), part.copy()
+        ring = Ring(np.array([1, 0]), 32)
+        q = kernels.rope_append(qkv, 3, dim, (table, table), cache, ring.segment(0, 5, 37).slots)
+        results.append([kernels.rms_norm(x, gain, 1e-5), kernels.layer_norm(x, gain, None, 1e-5), q, cache.k, cache.v,
+                        kernels.added_norm(x, mine, 'rms', gain, None, 1e-5), mine, kernels.gated_activation(x, 'silu'),
+                        kernels.activate(x, 'gelu')])
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_array_equal(many, one)

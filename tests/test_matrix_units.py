@@ -15,7 +15,7 @@ from tpmpi.kernels.jit import MATRIX_UNITS as HERE  # noqa: E402
 ERRORS = '''
 import json
 import numpy as np
-from tpmpi.kernels import jit, matrix_units as units, packing
+from tpmpi.kernels import elementwise, matrix_units as units, packing
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.weights import decode, encode
 
@@ -54,6 +54,15 @@ for activations in ('float32', 'bfloat16', 'int8'):
                 assert y.shape == (tokens, outputs)
                 name = f'{activations} {kind}'
                 found[name] = max(found.get(name, 0), error(y, x, w))
+                if unit.parts == 1:  # a norm leaves what it gives in tiles as well
+                    ops.build([units.add_rms_norm_in_tiles])
+                    part, gain = x[::-1].copy(), rng.standard_normal(k).astype(np.float32)
+                    a = ops.added_norm(x, part, 'rms', gain, None, 1e-5)
+                    assert ops.normed[0] is a and (ops.linear(a, weight) == ops.linear(a.copy(), weight)).all()
+                    plain = Kernels(units=False)
+                    plain.build([elementwise.add_rms_norm])
+                    again = x[::-1].copy()
+                    assert (plain.added_norm(x, again, 'rms', gain, None, 1e-5) == a).all() and (again == part).all()
                 if unit.gated and outputs % 64 == 0:  # silu(gate) * up, in tiles, and what follows, of whatever kind
                     d = ops.gated_linear(x / np.abs(x).max(), weight, 'silu')
                     assert isinstance(d, units.Tiles) and len(d) == tokens and d.parts == 1

@@ -32,6 +32,7 @@ from tpmpi.weights import Stored, Weight
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.uint8, 'int4': np.uint8}  # a panel seen as these
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
+FEW_TOKENS = 8  # go to all their experts at once
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
 SHARED_ROWS = 16  # of norms and activations
 NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
@@ -59,6 +60,9 @@ class Kernels:
         tiles, rounded = matrix_units.TILES if units else {}, matrix_units.ROUNDED_TILES
         kinds = set(tiles) & set(rounded if self.rounded else products.COARSE if coarse else {})
         self.units = tiles | {kind: rounded[kind] for kind in kinds}  # for many rows
+        # rows for which norms leave what they give in tiles as well
+        self.norms_in_tiles = min((rounded[kind].fewest for kind in kinds), default=None)
+        self.normed = None, None  # what the last one gave, and its tiles
 
     def needed(self, config: ModelConfig, kinds: Sequence[str], kv_dtype: str) -> list:
         """The compiled functions that a model with weights of these kinds needs."""
@@ -68,6 +72,7 @@ class Kernels:
         found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp]
         found += [e.softcap] if config.logit_softcap is not None else []
         found += [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim)]
+        found += [matrix_units.add_rms_norm_in_tiles] if self.norms_in_tiles and config.norm == 'rms' else []
         if config.num_experts:
             found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(self.expert_products[kind] for kind in kinds)]
         return found + self.needed_for(kinds)
@@ -145,6 +150,11 @@ class Kernels:
         if kind == 'layer':
             part += x
             return self.layer_norm(part, gain, bias, eps)
+        if self.norms_in_tiles and len(x) >= self.norms_in_tiles and x.shape[1] % matrix_units.TILE_K == 0:
+            y, tiles = alignment.empty(x.shape, np.float32), matrix_units.Tiles.empty(1, *x.shape)
+            matrix_units.add_rms_norm_in_tiles(x, part, gain, eps, y, tiles.data, self._threads(x))
+            self.normed = y, tiles  # the next product is one with y
+            return y
         y = np.empty_like(x)
         elementwise.add_rms_norm(x, part, gain, eps, y, self._threads(x))
         return y
@@ -201,14 +211,15 @@ class Kernels:
 
     def _unit(self, tokens: int, weight: Weight) -> matrix_units.Unit | None:
         """The matrix unit for so many rows, if there is one."""
-        if tokens >= matrix_units.FEWEST_ROWS and weight.in_features % matrix_units.TILE_K == 0:
-            return self.units.get(weight.kind)
-        return None
+        unit = self.units.get(weight.kind)
+        return unit if unit and tokens >= unit.fewest and weight.in_features % matrix_units.TILE_K == 0 else None
 
     def _tiles(self, x, unit: matrix_units.Unit) -> matrix_units.Tiles:
         """x in tiles, where it is not yet."""
         if isinstance(x, matrix_units.Tiles):
             return x
+        if self.normed[0] is x and unit.parts == 1:
+            return self.normed[1]
         tiles = matrix_units.Tiles.empty(unit.parts, *x.shape)
         unit.fill(x, tiles.data, self.threads)
         return tiles
@@ -290,10 +301,11 @@ class Kernels:
 
     def _together(self, tokens: int, starts, kinds: set[str]) -> list[tuple[int, int]]:
         """Runs of experts that are computed at once; one with rows enough for the matrix units is a run of its own."""
-        most, experts = matrix_units.FEWEST_ROWS, len(starts) - 1
-        if tokens < most:
+        limit = max((self.units[kind].fewest for kind in kinds & set(self.units)), default=ROWS_TOGETHER)
+        experts = len(starts) - 1
+        if tokens < min(limit, FEW_TOKENS):
             return [(0, experts)]
-        limit, runs, first = most if kinds & set(self.units) else ROWS_TOGETHER, [], 0
+        runs, first = [], 0
         starts = starts.tolist()
         for i in range(experts):
             if i > first and (starts[i + 1] - starts[i] >= limit or starts[i + 1] - starts[first] > ROWS_TOGETHER):

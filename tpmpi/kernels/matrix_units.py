@@ -30,8 +30,8 @@ from numba.extending import intrinsic
 
 from tpmpi.kernels import alignment, amx, products
 from tpmpi.kernels.alignment import LINE, aligned
-from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, row_silu_parts, rows_in_tiles, tile_blocks
-from tpmpi.kernels.elementwise import narrow
+from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, row_parts, row_silu_parts, rows_in_tiles, tile_blocks
+from tpmpi.kernels.elementwise import narrow, share_add_rms_norm
 from tpmpi.kernels.jit import HAS_PAIRS, MATRIX_UNITS, helper, inlined, shared_kernel
 from tpmpi.kernels.products import PRODUCT, float_product
 from tpmpi.kernels.rows import floats
@@ -50,7 +50,6 @@ from tpmpi.kernels.tiles import (
     keep,
 )
 
-FEWEST_ROWS = 8  # below, the ordinary kernels read the weights as fast as memory gives them
 X_BYTES = 1 << 19  # of x that meet two panels: a fourth of a second-level cache
 WIDENED_X_BYTES = 1 << 21  # where these are widened each time
 
@@ -200,6 +199,7 @@ _float32, _bfloat16 = tile_product('float32', 3, 3), tile_product('bfloat16', 2,
 _int8, _int4 = tile_product('int8', 2, 2), tile_product('int4', 2, 2)
 _rounded_bfloat16, _rounded_int8, _rounded_int4 = (tile_product(kind, 1, 1) for kind in ('bfloat16', 'int8', 'int4'))
 _gated_bfloat16, _gated_int8, _gated_int4 = (tile_product(kind, 1, 1, True) for kind in ('bfloat16', 'int8', 'int4'))
+split_row = row_parts(1)
 _whole, _half, _third = (rows_in_tiles(parts) for parts in (1, 2, 3))
 _pairs = float_product('pairs')
 IN_TILES = 'void(u1[:, :, :, ::1], i8, u1[:, ::1], f4[:, ::1], i8)'  # x [parts, row tiles, k / 32, 1024], tokens, w, y, threads
@@ -298,6 +298,22 @@ def gated_int4(x, tokens, w, y, threads):
         _gated_int4(x, tokens, w, y, np.int64(t), threads)
 
 
+@shared_kernel('void(f4[:, ::1], f4[:, ::1], f4[::1], f4, f4[:, ::1], u1[:, :, :, ::1], i8)')
+def add_rms_norm_in_tiles(x, part, gain, eps, y, tiles, threads):
+    """`elementwise.add_rms_norm`, and what it gives, rounded, in tiles as well: as long as it is in the nearest cache."""
+    blocks, steps = tiles.shape[1], tiles.shape[2]
+    for t in prange(threads):
+        thread = np.int64(t)
+        for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+            first, last = block * TILE_ROWS, min(len(x), (block + 1) * TILE_ROWS)
+            share_add_rms_norm(x[first:last], part[first:last], gain, eps, y[first:last], 0, 1)
+            for row in range(last - first):
+                place = tiles.ctypes.data + block * steps * TILE + row * ROW
+                split_row(y.ctypes.data + 4 * (first + row) * y.shape[1], place, 0, steps, np.float32(1))
+    keep(y)
+    keep(tiles)
+
+
 @shared_kernel(PRODUCT)
 def pairs_bfloat16(x, w, y, threads):
     """y = x · W in pairs; x is rounded to bfloat16."""
@@ -312,6 +328,7 @@ def pairs_bfloat16(x, w, y, threads):
 class Unit:
     """How rows meet weights of one kind in tiles."""
 
+    fewest: int  # rows; of fewer the ordinary kernels are as fast: widening weights takes time, or memory is the limit
     fill: Any  # puts x into tiles
     parts: int  # of x
     multiply: Any
@@ -362,12 +379,12 @@ class Tiles:
 
 
 HAS_TILES = MATRIX_UNITS in ('amx', 'emulated')
-TILES = {'float32': Unit(fill_three_parts, 3, tiles_float32), 'bfloat16': Unit(fill_two_parts, 2, tiles_bfloat16),
-         'int8': Unit(fill_two_parts, 2, tiles_int8), 'int4': Unit(fill_two_parts, 2, tiles_int4)} if HAS_TILES else {}
+TILES = {'float32': Unit(48, fill_three_parts, 3, tiles_float32), 'bfloat16': Unit(8, fill_two_parts, 2, tiles_bfloat16),
+         'int8': Unit(24, fill_two_parts, 2, tiles_int8), 'int4': Unit(24, fill_two_parts, 2, tiles_int4)} if HAS_TILES else {}
 # for rounded activations: bfloat16 has the 8 bits that activations of int8 have
-ROUNDED_TILES = {'bfloat16': Unit(fill_tiles, 1, rounded_bfloat16, gated_bfloat16),
-                 'int8': Unit(fill_tiles, 1, rounded_int8, gated_int8),
-                 'int4': Unit(fill_tiles, 1, rounded_int4, gated_int4)} if HAS_TILES else {}
+ROUNDED_TILES = {'bfloat16': Unit(8, fill_tiles, 1, rounded_bfloat16, gated_bfloat16),
+                 'int8': Unit(32, fill_tiles, 1, rounded_int8, gated_int8),
+                 'int4': Unit(32, fill_tiles, 1, rounded_int4, gated_int4)} if HAS_TILES else {}
 PAIRS = {'bfloat16': pairs_bfloat16} if HAS_PAIRS else {}
 
 
