@@ -51,14 +51,13 @@ class Kernels:
     asarray = staticmethod(reference.asarray)
 
     def __init__(self, threads: int = 1, activations: str = 'float32', units: bool = True):
-        self.threads, self.rounded = threads, activations == 'bfloat16'
+        self.threads, self.rounded, self.coarse = threads, activations == 'bfloat16', activations == 'int8'
         self.recent, self.arena = Recent(), alignment.Arena()
-        coarse = activations == 'int8'
         self.pairs = matrix_units.PAIRS if units and self.rounded else {}
-        self.products = products.MULTIPLY | (products.COARSE if coarse else {}) | self.pairs  # by kind of weight
-        self.expert_products = mixture.MULTIPLY | (mixture.COARSE if coarse else {})
+        self.products = products.MULTIPLY | (products.COARSE if self.coarse else {}) | self.pairs  # by kind of weight
+        self.expert_products = mixture.MULTIPLY | (mixture.COARSE if self.coarse else {})
         tiles, rounded = matrix_units.TILES if units else {}, matrix_units.ROUNDED_TILES
-        kinds = set(tiles) & set(rounded if self.rounded else products.COARSE if coarse else {})
+        kinds = set(tiles) & set(rounded if self.rounded else products.COARSE if self.coarse else {})
         self.units = tiles | {kind: rounded[kind] for kind in kinds}  # for many rows
         # rows for which norms leave what they give in tiles as well
         self.norms_in_tiles = min((rounded[kind].fewest for kind in kinds), default=None)
@@ -252,7 +251,7 @@ class Kernels:
     def _attention(self, kv_dtype: str, head_dim: int):
         """The kernel for a cache; in the matrix units where there are any for it."""
         if kv_dtype == 'bfloat16' and self.units and head_dim % matrix_units.TILE_K == 0:
-            return attention_tiles.attend_rounded if self.rounded else attention_tiles.attend_tiles
+            return attention_tiles.attend_rounded if self.rounded or self.coarse else attention_tiles.attend_tiles
         return attention.attend_pairs if self.pairs and kv_dtype == 'bfloat16' else getattr(attention, f'attend_{kv_dtype}')
 
     def activate(self, x, kind: str):
