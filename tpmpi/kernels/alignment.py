@@ -2,7 +2,7 @@
 
 NumPy begins large arrays 16 bytes behind a line.  Then each load of a vector of AVX-512 takes two lines, and those of
 tiles five times as long.  On pages of 4 KiB a stream through small matrices waits at each of them for its address: on a
-virtual machine with AMX it read 12.6 GB/s, on pages of 2 MiB 15.
+virtual machine with AMX one core read 12.8 GB/s of bfloat16 so, on pages of 2 MiB 15.0 (240 matrices of SmolLM2's shapes).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tile registers of Intel's CPUs since Sapphire Rapids, or the same in ordinary instructions, for tests on any CPU.
 
 Eight registers of 16 rows of 64 bytes.  A product adds to a tile of float32, [16, 16], that of one of bfloat16, [16, 32],
-and one of pairs along k, [16, 16, 2]: in 16 cycles what 16 vector instructions of pairs do.  A load that crosses cache
+and one of pairs along k, [16, 16, 2]: the work of 256 vector instructions of pairs.  A load that crosses cache
 lines takes several times as long: all that is loaded here lies on whole lines (`aligned`, alignment.py).
 
 Registers: 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights.  Every function takes the emulation's registers first.

@@ -300,10 +300,10 @@ class Kernels:
 
     def _together(self, tokens: int, starts, kinds: set[str]) -> list[tuple[int, int]]:
         """Runs of experts that are computed at once; one with rows enough for the matrix units is a run of its own."""
-        limit = max((self.units[kind].fewest for kind in kinds & set(self.units)), default=ROWS_TOGETHER)
         experts = len(starts) - 1
-        if tokens < min(limit, FEW_TOKENS):
+        if tokens < FEW_TOKENS:
             return [(0, experts)]
+        limit = max((self.units[kind].fewest for kind in kinds & set(self.units)), default=ROWS_TOGETHER)
         runs, first = [], 0
         starts = starts.tolist()
         for i in range(experts):
