@@ -96,6 +96,9 @@ class ThreadCommunicator:
         self.traffic['all_reduce'].bytes += x.nbytes
         x[...] = np.sum(self._meet(x.copy()), axis=0, dtype=np.float32)
 
+    def room(self, shape):
+        return None
+
     def gather(self, x, out):
         values = self._meet(x.copy())
         if self.rank == 0:

@@ -14,8 +14,8 @@ import tpmpi
 PACKAGE = Path(tpmpi.__file__).parent
 FLOORS = {
     'config': 0, 'weights': 0, 'sharding': 0,
-    'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'collectives': 1, 'kernels': 1, 'checkpoint': 1, 'formats': 1,
-    'tokenizer': 1, 'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
+    'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'collectives': 1, 'shared_sums': 1, 'kernels': 1, 'checkpoint': 1,
+    'formats': 1, 'tokenizer': 1, 'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
     'kv_cache': 2, 'model_shard': 2, 'model': 2, 'footprint': 2,
     'sampling': 3, 'block_pool': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3,
     'results': 3, 'progress': 3, 'arrays': 3,
@@ -33,7 +33,7 @@ NEIGHBOURS = {
     ('checkpoint_writer', 'file_layout'),  # parts
 }
 THIRD_PARTY = {
-    'mpi4py': {'comm'}, 'h5py': {'checkpoint', 'checkpoint_writer', 'file_layout', 'versions', 'arrays'},
+    'mpi4py': {'comm', 'shared_sums'}, 'h5py': {'checkpoint', 'checkpoint_writer', 'file_layout', 'versions', 'arrays'},
     'cupy': {'device', 'collectives', 'versions'},
     'tokenizers': {'tokenizer', 'formats'}, 'numba': {'kernels'}, 'llvmlite': {'kernels'},
     'jinja2': {'chat_template'}, 'safetensors': {'formats'}, 'gguf': {'formats'}, 'tqdm': {'convert'},
@@ -101,7 +101,7 @@ def test_every_all_reduce_is_in_plain_sight():
                      ('model', 'comm.all_reduce(squares)'), ('model', 'comm.all_reduce(parts)'),
                      ('model', 'comm.all_reduce(again)')]
     assert [line for p in FILES for line in p.read_text().splitlines() if re.search(r'\.Allreduce\(', line)
-            and module(p) != 'comm'] == []
+            and module(p) not in ('comm', 'shared_sums')] == []
 
 
 def test_files_stay_readable():

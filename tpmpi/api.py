@@ -142,7 +142,10 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         part = shard(reader.config, comm.rank, comm.size)
         session.agreed(_check_memory, opened, sharers, reader, part, run)
         _close_carrier(comm)  # of a model that was loaded before
+        if comm.shared is not None:
+            comm.shared.close()
         comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
+        comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size)
         atexit.register(_close_carrier, comm)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
         model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks)
@@ -224,6 +227,14 @@ def _carrier(session, comm, run: RunConfig, opened, shared: bool, hidden: int):
     if session.comm.rank == 0:
         log.info('all-reduce of GPU memory: %s (%s)', name, reason)
     return carrier
+
+
+def _shared_sums(comm, run: RunConfig, opened, hidden: int):
+    """How large sums of host memory go among ranks of a node, alike on all ranks; None where MPI alone carries them."""
+    from tpmpi import shared_sums
+    if opened.gpu is not None or comm.size == 1 or run.collective != 'auto':
+        return None
+    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden)
 
 
 def _close_carrier(comm) -> None:

@@ -39,13 +39,13 @@ class Communicator:
 
     `carrier` is how sums of device memory go: its `sum(x, reduce)` sums x over all ranks, `reduce` being the sum of what MPI
     can read, and `close()` ends it (see collectives.py).  Without one only host memory is taken: MPI would follow the
-    device's address on the host.
+    device's address on the host.  `shared` is how large sums of host memory go within a node (see shared_sums.py), or None.
     """
 
     def __init__(self, mpi_comm: MPI.Comm | None = None, carrier=None):
         self.mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
         self.rank, self.size = self.mpi_comm.rank, self.mpi_comm.size
-        self.carrier = carrier
+        self.carrier, self.shared = carrier, None
         self.traffic = {name: Traffic() for name in ('all_reduce', 'gather', 'broadcast')}
         self.entered = 0  # collectives that this rank has begun: a rank with fewer is one that the others wait for
         self.while_waiting: Callable[[], object] = lambda: None  # called now and then while it waits asleep
@@ -59,7 +59,9 @@ class Communicator:
         if x.dtype != 'float32' or not x.flags.c_contiguous:
             raise TypeError(f'all_reduce of {x.dtype}, C-contiguous: {x.flags.c_contiguous}; expected C-contiguous float32')
         start = self._begin()
-        if not hasattr(type(x), '__cuda_array_interface__'):  # asked of the type: a device array may have work in flight
+        if self.shared is not None and x is self.shared.given:
+            self.shared.sum()
+        elif not hasattr(type(x), '__cuda_array_interface__'):  # asked of the type: a device array may have work in flight
             self._sum(x)
         elif self.size > 1:
             if self.carrier is None:
@@ -69,6 +71,13 @@ class Communicator:
 
     def _sum(self, x) -> None:
         self.mpi_comm.Allreduce(MPI.IN_PLACE, x)
+
+    def room(self, shape: tuple[int, int]):
+        """Where a kernel puts this rank's part of the next sum, if that is so large that it is faster there; else None.
+
+        Every rank asks for it, or none, and sums what it got.  What it holds lasts until the sum after the next.
+        """
+        return None if self.shared is None else self.shared.room(shape)
 
     def gather(self, x, out) -> None:
         """Collect one small host array of each rank on rank 0.  x: [...], out: [size, ...] there and None elsewhere."""

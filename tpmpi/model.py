@@ -69,7 +69,7 @@ def decoder_layer(x, a, layer: LayerShard, cache: LayerCache, step: Step, rope, 
     if isinstance(layer.mlp, Experts):
         e = mixture(a, layer.mlp, config, ops, comm)  # E, whole
     else:
-        e = mlp(a, layer.mlp, config, ops)  # E, this rank's part
+        e = mlp(a, layer.mlp, config, ops, comm.room(a.shape))  # E, this rank's part
         comm.all_reduce(e)  # E, whole
         e = biased(e, layer.mlp.down.bias)
     return added(x, norm(e, layer.mlp_post_norm, config, ops), layer.next_norm, config, ops)
@@ -96,7 +96,7 @@ def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: 
         q *= ops.asarray(grown(step.positions, config))[:, None, None]
     b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], group.window, config.scores_scale,
                    config.attention_softcap, group.sinks)  # B  [tokens, heads/n * head_dim]
-    return ops.linear(b, layer.attn_out.weight)  # C, partial
+    return ops.linear(b, layer.attn_out.weight, comm.room(a.shape))  # C, partial
 
 
 def grown(positions, config: ModelConfig) -> np.ndarray:
@@ -121,14 +121,14 @@ def qk_norm(qkv, layer: LayerShard, model: ModelShard, ops, comm) -> None:
         ops.scale_columns(qkv, run, factor, part.gain)
 
 
-def mlp(a, weights: MLP, config: ModelConfig, ops):
-    """This rank's ffn columns.  [tokens, hidden] -> [tokens, hidden], a part of the sum E."""
+def mlp(a, weights: MLP, config: ModelConfig, ops, room=None):
+    """This rank's ffn columns.  [tokens, hidden] -> [tokens, hidden], a part of the sum E, in the room for it."""
     if config.gated and weights.up.bias is None:
         d = ops.gated_linear(a, weights.up.weight, config.activation)  # D  [tokens, ffn/n], through W^C
     else:
         d = biased(ops.linear(a, weights.up.weight), weights.up.bias)  # through W^C
         d = (ops.gated_activation if config.gated else ops.activate)(d, config.activation)  # D  [tokens, ffn/n]
-    return ops.linear(d, weights.down.weight)  # E, partial
+    return ops.linear(d, weights.down.weight, room)  # E, partial
 
 
 def mixture(a, weights: Experts, config: ModelConfig, ops, comm):

@@ -87,8 +87,8 @@ class _TracedOps:
     def scale_columns(self, *arguments):
         return self._tracer.timed('Q', self._ops.scale_columns, arguments, is_result=False)
 
-    def linear(self, x, weight):
-        return self._tracer.timed(LINEAR_STAGES.get(weight.letter, 'logits'), self._ops.linear, (x, weight), weight.nbytes,
+    def linear(self, x, weight, out=None):
+        return self._tracer.timed(LINEAR_STAGES.get(weight.letter, 'logits'), self._ops.linear, (x, weight, out), weight.nbytes,
                                   is_result=weight.letter != 'E')
 
     def rope_append(self, qkv, num_heads, head_dim, rope, cache, slots):

@@ -215,8 +215,8 @@ class Kernels:
                              np.int32(ffn), np.int32(ACTIVATIONS[kind]))
         return y
 
-    def linear(self, x, weight: Weight):
-        """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
+    def linear(self, x, weight: Weight, out=None):
+        """x · W for a packed W.  [tokens, in] -> [tokens, out]; out: none, it is for sums of host memory"""
         if weight.kind == 'mixed':
             return self.xp.concatenate([self.linear(x, part) for part in weight.data], axis=1)
         y = self.xp.empty((len(x), weight.out_features), self.xp.float32)

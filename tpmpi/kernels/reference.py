@@ -92,11 +92,11 @@ def rms_norm(x, gain, eps: float):
     return x * (1 / xp.sqrt(mean_square + xp.float32(eps))) * gain
 
 
-def linear(x, weight: Weight):
-    """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
+def linear(x, weight: Weight, out=None):
+    """x · W for a packed W, in `out` where that is given.  [tokens, in] -> [tokens, out]"""
     if weight.kind == 'mixed':
-        return namespace(x).concatenate([linear(x, part) for part in weight.data], axis=-1)
-    return x @ weight.data
+        return namespace(x).concatenate([linear(x, part) for part in weight.data], axis=-1, out=out)
+    return namespace(x).matmul(x, weight.data, out=out)
 
 
 def layer_norm(x, gain, bias, eps: float):

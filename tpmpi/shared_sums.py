@@ -1,0 +1,95 @@
+"""Large sums in memory that the ranks of a node share (MPI-3, chapter 12.2.3): what of an all-reduce needs no message.
+
+Each rank's kernel puts its part of the sum into a room that all ranks of the node see.  Then each sums a share of the
+elements, in the order of ranks, and puts it into all rooms: with two ranks
+
+    rank 0's room   [ a0 | a1 ]      rank 0: a0 + b0, into both rooms
+    rank 1's room   [ b0 | b1 ]      rank 1: a1 + b1, into both rooms
+
+Between the two, where there are several nodes, each share goes through MPI.Allreduce among the ranks that have the same
+number on their nodes.  Rooms are used in turn, since what a room holds becomes the residual stream, which the next sum's
+result is added to.  In messages of MPICH the 1.2 MB of 512 tokens of SmolLM2 took 380 us between two ranks, so 90.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from mpi4py import MPI
+
+LEAST = 16384  # bytes of a sum that two meetings of all ranks are worth
+PAGE = 4096
+FOLDER = '/dev/shm'  # where MPI libraries keep such memory; a page that finds no place there would end the process
+
+
+class SharedSums:
+    """The rooms of a group's ranks on one node, for sums of up to so many bytes.  Made by all ranks of the group together."""
+
+    def __init__(self, node: MPI.Comm, across: MPI.Comm, nbytes: int):
+        self.node, self.across, self.nbytes = node, across, -(-nbytes // PAGE) * PAGE
+        self.window = MPI.Win.Allocate_shared(2 * self.nbytes + PAGE, 1, comm=node)
+        self.window.Lock_all()
+        self.rooms = [self._rooms_of(rank) for rank in range(node.size)]
+        for room in self.rooms[node.rank]:
+            room.fill(0)  # takes its pages, near this rank
+        self.turn, self.given = 0, None
+
+    def _rooms_of(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        memory = np.frombuffer(self.window.Shared_query(rank)[0], np.uint8)
+        start = -memory.ctypes.data % PAGE
+        both = memory[start:start + 2 * self.nbytes].view(np.float32)
+        return both[:len(both) // 2], both[len(both) // 2:]
+
+    def room(self, shape: tuple[int, int]) -> np.ndarray | None:
+        """This rank's room for the next sum, None where the sum is too small or too large for one.  float32"""
+        size = shape[0] * shape[1]
+        if not LEAST <= 4 * size <= self.nbytes:
+            return None
+        self.given = self.rooms[self.node.rank][self.turn][:size].reshape(shape)
+        return self.given
+
+    def sum(self) -> None:
+        """Sum what all ranks have put into the rooms they were given, in place."""
+        rooms = [both[self.turn][:self.given.size] for both in self.rooms]
+        first, last = (len(rooms[0]) * i // self.node.size for i in (self.node.rank, self.node.rank + 1))
+        self._meet()
+        total, *others = (room[first:last] for room in rooms)
+        for other in others:
+            total += other
+        if self.across.size > 1:
+            self.across.Allreduce(MPI.IN_PLACE, total)
+        for other in others:
+            other[:] = total
+        self._meet()
+        self.turn, self.given = 1 - self.turn, None
+
+    def _meet(self) -> None:
+        """All ranks of the node have come here, and see what the others have written."""
+        self.window.Sync()
+        self.node.Barrier()
+        self.window.Sync()
+
+    def close(self) -> None:
+        """Give the memory back; a collective call."""
+        self.rooms, self.given = [], None
+        self.window.Unlock_all()
+        self.window.Free()
+        self.across.Free()
+        self.node.Free()
+
+
+def share(comm: MPI.Comm, nbytes: int) -> SharedSums | None:
+    """Rooms for the ranks of comm, or None on all of them: one rank a node, unequal nodes, or no place.  A collective call."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    needed = node.size * (2 * nbytes + 3 * PAGE)
+    try:
+        place = os.statvfs(FOLDER)
+        fits = 2 * needed < place.f_bavail * place.f_frsize  # MPI's own messages lie there, too
+    except OSError:
+        fits = False
+    sizes, fit = zip(*comm.allgather((node.size, fits)), strict=True)
+    if node.size == 1 or set(sizes) != {node.size} or not all(fit):
+        node.Free()
+        return None
+    return SharedSums(node, comm.Split(node.rank, comm.rank), nbytes)
