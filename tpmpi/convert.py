@@ -59,7 +59,7 @@ class Change:
     def stored(self) -> Stored:
         """The tensor as the file keeps it, sharded axis first.  Raises ValueError where it cannot be read or encoded."""
         try:
-            stored = self.source.read_stored(self.kind) if self.exact else encode(self.source.read(), self.kind)
+            stored = self.source.read_stored(self.kind) if self.exact else encode(self.source.read(), self.kind, search=True)
         except ValueError as e:
             known = str(e).startswith(self.source.origin)
             raise CheckpointError(f'{e}' if known else f'{self.source.origin}: {e}') from e
