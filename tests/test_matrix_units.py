@@ -98,13 +98,44 @@ for tokens, k, outputs in ((1, 32, 16), (8, 32, 16), (9, 64, 5), (37, 96, 70)):
     worst = max(worst, float((np.abs(y - x @ w) / (np.abs(x) @ np.abs(w))).max()))
 print(json.dumps(worst))
 '''
+BYTES = '''
+import json
+import numpy as np
+from tpmpi.kernels import integer_units, packing, products
+from tpmpi.kernels.cpu import Kernels
+from tpmpi.weights import encode
+
+rng, compared = np.random.default_rng(0), 0
+for kind in ('int8', 'int4'):
+    pairs = (products.MULTIPLY[kind], integer_units.BYTES[kind]), (products.COARSE[kind], integer_units.COARSE[kind])
+    ops = Kernels()
+    ops.build([getattr(packing, f'pack_{kind}'), *(kernel for pair in pairs for kernel in pair)])
+    for k, outputs in ((32, 16), (64, 5), (96, 70), (1056, 33)):
+        weight = ops.new_weight(outputs, k, False, kind, 'W')
+        ops.fill(weight, 0, encode(rng.standard_normal((outputs, k)).astype(np.float32), kind))
+        for tokens in (1, 7, 8, 9, 16, 17, 40):
+            x = rng.standard_normal((tokens, k)).astype(np.float32) * np.float32(10.0 ** rng.integers(-5, 5))
+            if tokens == 9:
+                x[3], x[4, 5], x[5, 6] = 0, np.nan, np.inf
+            for threads in (1, 3):
+                for plain, in_tiles in pairs:
+                    expected, y = np.empty((2, tokens, outputs), np.float32)
+                    y.fill(7)
+                    plain(x, weight.data, expected, 1)
+                    in_tiles(x, weight.data, y, threads)
+                    assert np.array_equal(y, expected, equal_nan=True), (kind, k, outputs, tokens)
+                    compared += 1
+print(json.dumps(compared))
+'''
 INSTRUCTIONS = '''
 import json
-from tpmpi.kernels import jit, matrix_units as units
-kernel = {'amx': units.rounded_bfloat16, 'avx512bf16': units.pairs_bfloat16}[jit.MATRIX_UNITS]
-kernel.compile(kernel.only_signature)
-text = ''.join(kernel.inspect_asm().values())
-print(json.dumps({name: name in text for name in ('ldtilecfg', 'tileloadd', 'tdpbf16ps', 'tilestored', 'vdpbf16ps', 'zmm')}))
+from tpmpi.kernels import integer_units, jit, matrix_units as units
+kernels = {'amx': [units.rounded_bfloat16, integer_units.bytes_int8], 'avx512bf16': [units.pairs_bfloat16]}[jit.MATRIX_UNITS]
+for kernel in kernels:
+    kernel.compile(kernel.only_signature)
+text = ''.join(code for kernel in kernels for code in kernel.inspect_asm().values())
+print(json.dumps({name: name in text for name in ('ldtilecfg', 'tileloadd', 'tdpbf16ps', 'tdpbsud', 'tdpbuud', 'tilestored',
+                                                  'vdpbf16ps', 'zmm')}))
 '''
 UNITS = ['emulated', *(['amx'] if HERE == 'amx' else [])]
 AVX512 = '+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+avx512bf16'
@@ -130,12 +161,19 @@ def test_products_in_tiles(unit, tmp_path):
     assert sorted(found) == ['bfloat16 int4', 'bfloat16 int8', 'int8 int4', 'int8 int8'] and max(found.values()) < 2 ** -7
 
 
+@pytest.mark.parametrize('unit', UNITS)
+def test_products_of_bytes_in_tiles_have_the_bits_of_the_ordinary_kernels(unit, tmp_path):
+    """Sums of a group are exact in both, and scaled alike."""
+    assert run(BYTES, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path)) == 2 * 4 * 7 * 2 * 2
+
+
 def test_products_in_pairs(tmp_path):
     assert run(PAIRS, TPMPI_MATRIX_UNITS='emulated', TPMPI_CACHE_DIR=str(tmp_path)) < 1e-6
 
 
 @pytest.mark.parametrize(('cpu', 'unit', 'features', 'expected'), [
-    ('sapphirerapids', 'amx', AVX512 + ',+amx-tile,+amx-bf16', {'ldtilecfg', 'tileloadd', 'tdpbf16ps', 'tilestored', 'zmm'}),
+    ('sapphirerapids', 'amx', AVX512 + ',+amx-tile,+amx-bf16,+amx-int8',
+     {'ldtilecfg', 'tileloadd', 'tdpbf16ps', 'tdpbsud', 'tdpbuud', 'tilestored', 'zmm'}),
     ('znver4', 'avx512bf16', AVX512, {'vdpbf16ps', 'zmm'})])
 def test_units_compile_to_their_instructions(cpu, unit, features, expected, tmp_path):
     """Compiled only: the CPU that runs this need not have them."""

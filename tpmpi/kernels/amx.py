@@ -19,7 +19,23 @@ from numba.extending import intrinsic
 from tpmpi.kernels.alignment import LINE
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined
 from tpmpi.kernels.rows import exponential, fold
-from tpmpi.kernels.tiles import F32, I8, I16, I32, PARTS, VF, VI, WIDTH, Emit, float_of, keep, prefetch, prefetch_to_write
+from tpmpi.kernels.tiles import (
+    F32,
+    GROUP,
+    I8,
+    I16,
+    I32,
+    I64,
+    PARTS,
+    VF,
+    VI,
+    WIDTH,
+    Emit,
+    float_of,
+    keep,
+    prefetch,
+    prefetch_to_write,
+)
 
 TILE_ROWS, TILE_K, TILE, ROW = 16, 32, 1024, 64  # rows of a tile, bfloat16 in one of them, bytes of a tile and of its rows
 NAN, NARROW = 0x7FC00000, ir.VectorType(I16, WIDTH)
@@ -133,6 +149,66 @@ def registers():
     _configure(found, config.ctypes.data)
     keep(config)
     return found
+
+
+# ---- products of bytes
+
+
+@helper
+def byte_registers():
+    """The CPU's registers as `multiply_bytes` needs them, until `release`: 0, 1 sums, 2 x, 6 weights; of 8 rows 3, 4, 5."""
+    config = np.zeros(64, np.uint8)
+    config[0] = 1
+    for tile, row_bytes, rows in ((0, 64, 16), (1, 64, 16), (2, 32, 16), (3, 64, 8), (4, 64, 8), (5, 32, 8), (6, 64, 8)):
+        config[16 + 2 * tile] = row_bytes
+        config[48 + tile] = rows
+    found = np.zeros((1, 1, 1), np.int32)
+    _configure(found, config.ctypes.data)
+    keep(config)
+    return found
+
+
+def multiply_bytes(e: Emit, rows: int, x, w, sums, planes: int) -> None:
+    """sums [planes, rows, 16] int32 = x [planes, 16, 32] · w [8, 16, 4], 16 or 8 rows of bytes; addresses.
+
+    w is unsigned; so are the planes of x but the first, which is signed.
+    """
+    b, first = e.b, 0 if rows == TILE_ROWS else 3
+    if MATRIX_UNITS == 'emulated':
+        for plane in range(planes):
+            _emulated_bytes(e, rows, e.at(x, plane * TILE_ROWS * GROUP), w, e.at(sums, plane * TILE), plane == 0)
+        return
+
+    def call(name, *values):
+        values = [I8(v) if isinstance(v, int) else v for v in values]
+        kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
+        b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), values)
+
+    def pointer(address):
+        return b.inttoptr(address, I8.as_pointer())
+
+    call('llvm.x86.tileloadd64', 6, pointer(w), I64(ROW))
+    for plane in range(planes):
+        call('llvm.x86.tilezero', first + plane)
+        call('llvm.x86.tileloadd64', first + 2, pointer(e.at(x, plane * TILE_ROWS * GROUP)), I64(GROUP))
+        call('llvm.x86.tdpbuud' if plane else 'llvm.x86.tdpbsud', first + plane, first + 2, 6)
+        call('llvm.x86.tilestored64', first + plane, pointer(e.at(sums, plane * TILE)), I64(ROW))
+
+
+def _emulated_bytes(e: Emit, rows: int, x, w, sums, signed: bool) -> None:
+    b = e.b
+    with cgutils.for_range(b, I64(rows)) as row:
+        for part in range(PARTS):
+            to = e.at(sums, (row.index, ROW), part * WIDTH * 4)
+            e.store(ir.Constant(VI, [0] * WIDTH), to)
+            with cgutils.for_range(b, I64(GROUP // 4)) as quad:
+                words, total = e.load(e.at(w, (quad.index, ROW), part * WIDTH * 4), VI, 4), e.load(to, VI, 4)
+                for i in range(4):
+                    value = e.load(e.at(x, (row.index, GROUP), (quad.index, 4), i), I8, 1)
+                    value = e.splat(b.sext(value, I32) if signed else b.zext(value, I32))
+                    byte = b.and_(b.lshr(words, e.splat(I32(8 * i))), e.splat(I32(255)))
+                    total = b.add(total, b.mul(byte, value))
+                e.store(total, to)
 
 
 # ---- numbers as sums of bfloat16

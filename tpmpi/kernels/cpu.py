@@ -17,6 +17,7 @@ from tpmpi.kernels import (
     attention,
     attention_tiles,
     elementwise,
+    integer_units,
     jit,
     matrix_units,
     mixture,
@@ -33,6 +34,8 @@ VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.uint8, 'int4'
 STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie powers of two apart would hinder each other
 EVERYWHERE = 1 << 62  # a window that hides nothing
 FEW_TOKENS = 8  # go to all their experts at once
+BYTES_FROM = 6  # rows on, that integer weights meet in tiles: of fewer, vectors read memory faster
+BYTES_OF_ONE = 16  # rows of one expert that are worth a call of their own, if they meet its weights in tiles of bytes
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
 SHARED_ROWS = 16  # of norms and activations
 NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
@@ -54,6 +57,7 @@ class Kernels:
         self.threads, self.rounded, self.coarse = threads, activations == 'bfloat16', activations == 'int8'
         self.recent, self.arena = Recent(), alignment.Arena()
         self.pairs = matrix_units.PAIRS if units and self.rounded else {}
+        self.bytes = (integer_units.COARSE if self.coarse else integer_units.BYTES) if units else {}
         self.products = products.MULTIPLY | (products.COARSE if self.coarse else {}) | self.pairs  # by kind of weight
         self.expert_products = mixture.MULTIPLY | (mixture.COARSE if self.coarse else {})
         tiles, rounded = matrix_units.TILES if units else {}, matrix_units.ROUNDED_TILES
@@ -83,6 +87,7 @@ class Kernels:
         for kind in kinds:
             found += [getattr(packing, f'pack_{kind}'), getattr(packing, f'embed_{kind}'), self.products[kind]]
             found += self.units[kind].kernels if kind in self.units else []
+            found += [self.bytes[kind]] if kind in self.bytes else []
         return found
 
     missing, build, folder = staticmethod(jit.missing), staticmethod(jit.build), jit.FOLDER
@@ -186,21 +191,21 @@ class Kernels:
         elementwise.softcap(x, cap, y)
         return y
 
-    def linear(self, x, weight: Weight):
-        """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
+    def linear(self, x, weight: Weight, out=None):
+        """x · W for a packed W, in `out` where that is given.  [tokens, in] -> [tokens, out]"""
         if weight.kind == 'mixed':
-            return np.concatenate([self.linear(x, part) for part in weight.data], axis=1)
+            return np.concatenate([self.linear(x, part) for part in weight.data], axis=1, out=out)
+        y = alignment.empty((len(x), weight.out_features), np.float32) if out is None else out
         if weight.in_features == 0:  # a rank without heads adds nothing
-            return np.zeros((len(x), weight.out_features), np.float32)
+            y.fill(0)
+            return y
         unit = self._unit(len(x), weight)
         if isinstance(x, matrix_units.Tiles) and (unit is None or unit.parts != x.parts):  # a kind of weights of its own
             x = x.numbers()
         if unit is not None:
-            y = alignment.empty((len(x), weight.out_features), np.float32)
             unit.multiply(self._tiles(x, unit).data, len(x), weight.data, y, self.threads)
         else:
-            y = np.empty((len(x), weight.out_features), np.float32)
-            product = self.products[weight.kind]
+            product = (self.bytes if len(x) >= BYTES_FROM and weight.kind in self.bytes else self.products)[weight.kind]
             product(self._input(x, weight, product), weight.data, y, self.threads)
         return y
 
@@ -303,7 +308,8 @@ class Kernels:
         experts = len(starts) - 1
         if tokens < FEW_TOKENS:
             return [(0, experts)]
-        limit = max((self.units[kind].fewest for kind in kinds & set(self.units)), default=ROWS_TOGETHER)
+        limit = max((BYTES_OF_ONE if kind in self.bytes else self.units[kind].fewest for kind in kinds & set(self.units)),
+                    default=ROWS_TOGETHER)
         runs, first = [], 0
         starts = starts.tolist()
         for i in range(experts):

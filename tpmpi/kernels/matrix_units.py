@@ -45,8 +45,8 @@ from tpmpi.kernels.tiles import (
     VI,
     WIDTH,
     Emit,
-    group_scales,
-    group_values,
+    injected_scales,
+    injected_values,
     keep,
 )
 
@@ -70,17 +70,14 @@ def widen_panel(kind: str, count: int):
 
         with cgutils.for_range(b, steps) as loop:
             source = e.at(w, (loop.index, size))
+            factors = [] if kind == 'float32' else [injected_scales(e, kind, source, lanes) for lanes in range(PARTS)]
             with cgutils.for_range(b, I64(TILE_K // 2 // pairs)) as inner:
                 for lanes in range(PARTS):
                     if kind == 'float32':
                         at = e.at(source, (inner.index, 2 * ROW), lanes * WIDTH * 4)
                         values = [e.load(at, VF, 4), e.load(e.at(at, ROW), VF, 4)]
                     else:
-                        scale, offset = group_scales(e, kind, source, lanes)
-                        values = []
-                        for q in group_values(e, kind, source, inner.index, lanes):
-                            q = b.sitofp(q, VF)
-                            values.append(b.fmul(q, scale) if offset is None else e.fma(q, scale, offset))
+                        values = [e.fma(q, *factors[lanes]) for q in injected_values(e, kind, source, inner.index, lanes)]
                     for j in range(pairs):
                         pair = values[2 * j:2 * j + 2]
                         for part in range(count):
@@ -328,7 +325,7 @@ def pairs_bfloat16(x, w, y, threads):
 class Unit:
     """How rows meet weights of one kind in tiles."""
 
-    fewest: int  # rows; of fewer the ordinary kernels are as fast: widening weights takes time, or memory is the limit
+    fewest: int  # rows; of fewer others are as fast (integer_units.py): widening weights takes time, or memory is the limit
     fill: Any  # puts x into tiles
     parts: int  # of x
     multiply: Any
@@ -380,11 +377,11 @@ class Tiles:
 
 HAS_TILES = MATRIX_UNITS in ('amx', 'emulated')
 TILES = {'float32': Unit(48, fill_three_parts, 3, tiles_float32), 'bfloat16': Unit(8, fill_two_parts, 2, tiles_bfloat16),
-         'int8': Unit(24, fill_two_parts, 2, tiles_int8), 'int4': Unit(24, fill_two_parts, 2, tiles_int4)} if HAS_TILES else {}
+         'int8': Unit(96, fill_two_parts, 2, tiles_int8), 'int4': Unit(64, fill_two_parts, 2, tiles_int4)} if HAS_TILES else {}
 # for rounded activations: bfloat16 has the 8 bits that activations of int8 have
 ROUNDED_TILES = {'bfloat16': Unit(8, fill_tiles, 1, rounded_bfloat16, gated_bfloat16),
-                 'int8': Unit(32, fill_tiles, 1, rounded_int8, gated_int8),
-                 'int4': Unit(32, fill_tiles, 1, rounded_int4, gated_int4)} if HAS_TILES else {}
+                 'int8': Unit(48, fill_tiles, 1, rounded_int8, gated_int8),
+                 'int4': Unit(48, fill_tiles, 1, rounded_int4, gated_int4)} if HAS_TILES else {}
 PAIRS = {'bfloat16': pairs_bfloat16} if HAS_PAIRS else {}
 
 

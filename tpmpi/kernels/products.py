@@ -147,7 +147,8 @@ def quantizer(kind: str, x_bytes: int, levels: int):
         groups = x.shape[1] // GROUP
         for m in range(len(x) * t // threads, len(x) * (t + 1) // threads):
             row, at = m * x.shape[1], 4 * m * groups
-            row_of(x.ctypes.data + 4 * row, q.ctypes.data + x_bytes * row, scale.ctypes.data + at, total.ctypes.data + at, groups)
+            row_of(x.ctypes.data + 4 * row, q.ctypes.data + x_bytes * row, x_bytes * GROUP, scale.ctypes.data + at,
+                   total.ctypes.data + at, 4, groups)
         keep(x)
         keep(q)
         keep(scale)

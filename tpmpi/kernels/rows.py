@@ -214,17 +214,19 @@ def row_add_squares(typing_context, x, part, panels):
     return types.float32(types.int64, types.int64, types.int64), emit
 
 
-def row_quantize(kind: str, x_bytes: int, levels: int):
-    """quantize(x, q, scale, total, groups): groups of 32 float32 as int16 (in tiles.ORDER) or int8 with a scale each.
+def row_quantize(kind: str, x_bytes: int, levels: int, plane: int = 0):
+    """quantize(x, q, q_step, scale, total, step, groups): groups of 32 float32 as integers with a scale each.
 
+    They are int16 (in tiles.ORDER) or int8; with `plane`, int16 are their upper bytes and, so many bytes behind these, the
+    lower ones.  Steps are bytes from group to group, of q, and of scale and total.
     The largest of a group becomes `levels`.  total: for weights of int4 the sum of what the group became, float32, which
     their offset multiplies; for those of int8, which are stored as q + 128, -128 times the sum of the integers, int32.
     A NaN or an infinity makes the scale of its group one (a NaN counts as the largest), and so every sum with it.
     """
     def emit(context, builder, signature, args):
-        e, b, (x, q, scale, total, groups) = Emit(builder), builder, args
-        whole, narrow = ir.VectorType(I32, WIDTH), ir.VectorType(I16 if x_bytes == 2 else I8, WIDTH)
-        order = [i // 4 * 4 + ORDER[i % 4] for i in range(WIDTH)] if x_bytes == 2 else list(range(WIDTH))
+        e, b, (x, q, q_step, scale, total, step_bytes, groups) = Emit(builder), builder, args
+        whole, words, bytes_ = (ir.VectorType(t, WIDTH) for t in (I32, I16, I8))
+        order = [i // 4 * 4 + ORDER[i % 4] for i in range(WIDTH)]
         with cgutils.for_range(b, groups) as loop:
             values = [e.load(e.at(x, (loop.index, 4 * GROUP), 4 * i), VF, 4) for i in range(0, GROUP, WIDTH)]
             largest = ir.Constant(whole, [0] * WIDTH)
@@ -241,18 +243,24 @@ def row_quantize(kind: str, x_bytes: int, levels: int):
                 value = b.select(usable, b.fmul(value, factor), ir.Constant(VF, [0.0] * WIDTH))
                 value = b.fptosi(e.call(f'llvm.rint.v{WIDTH}f32', value), whole)
                 whole_sum = b.add(whole_sum, value)
-                value = b.shuffle_vector(value, ir.Constant(whole, ir.Undefined), ir.Constant(whole, order))
-                e.store(b.trunc(value, narrow), e.at(q, (loop.index, x_bytes * GROUP), x_bytes * i * WIDTH), x_bytes)
+                at = e.at(q, (loop.index, q_step), i * WIDTH * (1 if plane else x_bytes))
+                if plane and x_bytes == 2:
+                    e.store(b.trunc(b.lshr(value, e.splat(I32(8))), bytes_), at, 1)
+                    at = e.at(at, plane)
+                elif x_bytes == 2:
+                    value = b.shuffle_vector(value, ir.Constant(whole, ir.Undefined), ir.Constant(whole, order))
+                    value = b.trunc(value, words)
+                e.store(value if value.type == words else b.trunc(value, bytes_), at, 1)
             whole_sum = e.call(f'llvm.vector.reduce.add.v{WIDTH}i32', whole_sum, result=I32)
-            at = b.mul(loop.index, I64(4))
+            at = b.mul(loop.index, step_bytes)
             e.store(step, b.add(scale, at))
             more = b.mul(whole_sum, I32(-128)) if kind == 'int8' else b.fmul(step, b.sitofp(whole_sum, F32))
             e.store(more, b.add(total, at))
         return context.get_dummy_value()
 
     @intrinsic
-    def quantize(typing_context, x, q, scale, total, groups):
-        return types.void(*[types.int64] * 5), emit
+    def quantize(typing_context, x, q, q_step, scale, total, step, groups):
+        return types.void(*[types.int64] * 7), emit
     return quantize
 
 

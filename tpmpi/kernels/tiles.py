@@ -67,12 +67,15 @@ class Emit:
     def store(self, value, address, align=4):
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
 
-    def prefetch(self, address, write: int = 0):
-        """Asks for the line at an address, which may lie anywhere, to be in the cache soon; write: to be written."""
+    def prefetch(self, address, write: int = 0, near: int = 3):
+        """Asks for the line at an address, which may lie anywhere, to be in the cache soon; write: to be written.
+
+        near: 3 is the first level, 2 the second one.
+        """
         arguments = [I8.as_pointer(), I32, I32, I32]
         function = self.b.module.globals.get('llvm.prefetch.p0i8') or ir.Function(
             self.b.module, ir.FunctionType(ir.VoidType(), arguments), 'llvm.prefetch.p0i8')
-        self.b.call(function, [self.b.inttoptr(address, arguments[0]), I32(write), I32(3), I32(1)])  # all levels, data
+        self.b.call(function, [self.b.inttoptr(address, arguments[0]), I32(write), I32(near), I32(1)])  # data
 
     def splat(self, scalar):
         """One scalar in all lanes."""
@@ -271,13 +274,28 @@ def group_quads(e: Emit, kind: str, group, index, part: int, x_bytes: int) -> li
     return pairs
 
 
-def group_values(e: Emit, kind: str, group, index, part: int) -> list:
-    """The q of one load of weights for WIDTH outputs, k ascending, as int32."""
+def injected_values(e: Emit, kind: str, group, index, part: int) -> list:
+    """The q of one load of weights for WIDTH outputs, k ascending, as bits of the mantissa of float32: 2^n + q of n bits.
+
+    (Two instructions each; to widen and convert an integer takes twice as many.)
+    """
     b, words = e.b, e.load(e.at(group, (index, LANES * 4), part * WIDTH * 4), VI, 4)
-    if kind == 'int8':
-        each = [b.and_(b.lshr(words, e.splat(I32(8 * i))), e.splat(I32(255))) for i in range(4)]
-        return [b.sub(q, e.splat(I32(128))) for q in each]
-    return [b.and_(b.lshr(words, e.splat(I32(8 * i + high))), e.splat(I32(15))) for high in (0, 4) for i in range(4)]
+    bits, starts = (8, range(0, 32, 8)) if kind == 'int8' else (4, (*range(0, 32, 8), *range(4, 32, 8)))
+    values = []
+    for start in starts:
+        up = 23 - bits - start  # to the highest bits of the mantissa
+        moved = b.shl(words, e.splat(I32(up))) if up >= 0 else b.lshr(words, e.splat(I32(-up)))
+        moved = b.and_(moved, e.splat(I32((1 << bits) - 1 << 23 - bits)))
+        values.append(b.bitcast(b.or_(moved, e.splat(I32(127 + bits << 23))), VF))
+    return values
+
+
+def injected_scales(e: Emit, kind: str, group, part: int):
+    """Factor and summand that make a group's `injected_values` its weights."""
+    scale, offset = group_scales(e, kind, group, part)
+    if offset is None:  # stored as q + 128
+        return scale, e.b.fmul(scale, ir.Constant(VF, [-384.0] * WIDTH))
+    return scale, e.fma(scale, ir.Constant(VF, [-16.0] * WIDTH), offset)
 
 
 def group_scales(e: Emit, kind: str, group, part: int):
