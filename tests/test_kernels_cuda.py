@@ -11,7 +11,8 @@ from kernel_cases import pack, ring_steps
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda import ITEMS, KEYS, SPLIT, Kernels
+from tpmpi.kernels.cuda import KEYS, SPLIT, Kernels
+from tpmpi.kernels.cuda_source import ITEMS
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import WEIGHT_KINDS, decode, encode
 

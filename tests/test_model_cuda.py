@@ -28,6 +28,7 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
         np.testing.assert_allclose(found[name], expected, atol=5e-5 * np.abs(expected).max(), err_msg=name)
         sums = reports[name]['to_host']
         assert sums == 0 if collective == 'mpi' or size == 1 else sums >= 1 + config.num_layers
+        assert reports[name]['to_device'] == 1 + sums or config.num_experts  # the step's numbers, and what is staged
         assert config.num_experts or reports[name]['hidden'] == {}
     config = models['nine_heads'][1]
     assert sum(reports['nine_heads']['launches'].values()) == 8 * config.num_layers + 3  # embedding, RoPE's table, first norm

@@ -7,7 +7,7 @@ lines that say `comm.all_reduce`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Step:
     positions: np.ndarray  # [tokens] each one's place in its request
     segments: tuple[tuple[Segment, ...], ...]  # which rows belong together, for each group of layers
     slots: tuple[np.ndarray, ...]  # [tokens] where K and V go, for each group of layers
+    growth: np.ndarray | None = None  # [tokens] how much larger the scores of queries are, where the model lets them grow
 
     @staticmethod
     def of(tokens: np.ndarray, *segments: tuple[Segment, ...]) -> Step:
@@ -41,6 +42,10 @@ class Step:
 def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
     """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank."""
     config = model.config
+    if config.query_growth:
+        step = replace(step, growth=grown(step.positions, config))
+    if hasattr(ops, 'upload'):  # the kernels of a device: what the host has decided goes there in one copy
+        ops.upload(step, model)
     x = ops.embed(step.tokens, model.embedding, model.shard.vocab)  # [tokens, hidden], zeros where others own the token
     if model.position_embedding is not None:
         x += ops.embed(step.positions, model.position_embedding, model.positions)
@@ -92,8 +97,8 @@ def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: 
     if config.qk_norm != 'none':
         qk_norm(qkv, layer, model, ops, comm)
     q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots[layer.group])  # Q turned; K, V into the ring
-    if config.query_growth:
-        q *= ops.asarray(grown(step.positions, config))[:, None, None]
+    if step.growth is not None:
+        q *= ops.asarray(step.growth)[:, None, None]
     b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], group.window, config.scores_scale,
                    config.attention_softcap, group.sinks)  # B  [tokens, heads/n * head_dim]
     return ops.linear(b, layer.attn_out.weight)  # C, partial

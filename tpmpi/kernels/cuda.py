@@ -4,79 +4,35 @@ The sources are the .cu files beside this one, compiled for the device by NVRTC 
 result on disk.  A few rows meet the packed weights in one kernel (products.cu).  Many rows are multiplied by cuBLAS: float32
 as it is, bfloat16 on the tensor cores, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation, and an
 unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three; with
-activations rounded to bfloat16 one is enough.  What the host decides for a step, such as where keys lie, is uploaded once for
-all layers.
+activations rounded to bfloat16 one is enough.  What the host decides for a step, such as where keys lie, is uploaded in one
+copy for all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.recent import Recent
+from tpmpi.kernels.cuda_source import FILES, ITEMS, ROWS_AT_ONCE, SPANS, source
+from tpmpi.kernels.recent import MOST, Recent
+from tpmpi.kernels.uploads import Uploads, attention_tasks
 from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 
 THREADS = 128
 OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # a warp computes two
-ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
 FEW_ROWS = 32  # from more on the library's product is faster
 UNPACKED_BYTES = 64 << 20  # of a matrix of int8 or int4, at once
 KEYS = 128  # attention.cu
 SPLIT = 512  # keys of one block where a step has few queries
 SPLIT_ROWS = 64  # as many queries fill the device by themselves
-ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
-KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'int8': 'Int8', 'int4': 'Int4'}  # the structs of products.cu
 BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
-CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
 GRID_Y = 65535  # blocks along y, at most
-FILES = ('elementwise', 'products', 'attention')
-
-
-def source(name: str) -> str:
-    """The CUDA C++ of one file, with what it builds on and the entry points of its templates."""
-    folder = Path(__file__).parent
-    return '\n'.join([(folder / 'common.cu').read_text(), (folder / f'{name}.cu').read_text(), *_entries(name)])
-
-
-def _entries(name: str) -> list[str]:
-    """The instances of a file's templates."""
-    def entry(called, template, parameters):
-        names = ', '.join(p.split()[-1].lstrip('*') for p in parameters.split(', '))
-        return f'extern "C" __global__ void {called}({parameters}) {{ {template}({names}); }}'
-
-    found = []
-    if name == 'products':
-        w, y = 'const unsigned char* w, int row_bytes', 'float* y'
-        for kind, struct in KINDS.items():
-            found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply<{struct}, {rows}, {str(bool(gated)).lower()}>',
-                            f'const float* x, int rows, int k, {w}, int outputs, int kind, {y}')
-                      for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
-            found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
-                               f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
-            found.append(entry(f'embed_{kind}', f'embed<{struct}>',
-                               f'const long long* tokens, long long start, long long stop, {w}, int k, {y}'))
-            if kind in GROUP_PARTS:
-                found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
-                                   f'{w}, int k, unsigned short* high, unsigned short* low'))
-    for kv, number in CACHES.items():
-        if name == 'elementwise':
-            found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
-                'const float* qkv, const float* cosines, const float* sines, int pairs, int heads, int kv_heads, int dim, '
-                f'const long long* slots, long long num_slots, float* q, {number}* k, {number}* v')))
-        if name == 'attention':
-            found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
-                f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
-                'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
-                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'))
-                for items in ITEMS for spans in SPANS]
-    return found
 
 
 class Kernels:
@@ -88,7 +44,7 @@ class Kernels:
 
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
-        self.functions, self.frequencies, self.recent = {}, {}, Recent()
+        self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
 
     @cached_property
     def modules(self) -> dict:
@@ -102,9 +58,31 @@ class Kernels:
         arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
         self.functions[name](grid, (threads,), arguments, shared_mem=shared)
 
+    # ---- what the host decides for a step
+
+    def upload(self, step, model) -> None:
+        """Bring it to the device, all in one copy; the operations of the step find it by the host's objects."""
+        wanted = [(x, _itself, ()) for x in (step.tokens, step.positions, *step.slots, step.growth) if x is not None]
+        wanted += [(step.positions, _turning(step.lengths), (rope,)) for rope in model.ropes if rope.by_length]
+        wanted += [(segments, attention_tasks, (model.query_groups, group.window, group.sinks))
+                   for segments, group in zip(step.segments, model.groups, strict=True) if model.query_groups]
+        made = [make(owner, *arguments) for owner, make, arguments in wanted]
+        views = iter(self.uploads.send([x for parts in made for x in parts if isinstance(x, np.ndarray)]))
+        self.recent = Recent(len(wanted) + MOST)
+        for (owner, _, arguments), parts in zip(wanted, made, strict=True):
+            there = tuple(next(views) if isinstance(x, np.ndarray) else x for x in parts)
+            self.recent.of(owner, lambda *_, there=there: there, *arguments)
+
+    def _uploaded(self, owner, make: Callable, *arguments) -> tuple:
+        """What make(owner, *arguments) gives, arrays on the device: of `upload`, or copied now."""
+        def copied(*all_arguments):
+            return tuple(self.xp.asarray(x) if isinstance(x, np.ndarray) else x for x in make(*all_arguments))
+
+        return self.recent.of(owner, copied, *arguments)
+
     def asarray(self, x: np.ndarray):
         """A small host array on the device; the same array is uploaded once."""
-        return self.recent.of(x, self.xp.asarray)
+        return self._uploaded(x, _itself)[0]
 
     # ---- weights
 
@@ -281,9 +259,7 @@ class Kernels:
     def rope_table(self, positions, lengths, rope: Rope):
         """What turns the pairs of a head at each position: cosines and sines, [tokens, rope.dim / 2] each."""
         if rope.by_length:
-            theta, divisors = reference._stretched(lengths, rope, np)
-            exponents = np.arange(0, rope.dim, 2) / rope.dim
-            frequencies = self.xp.asarray(np.ascontiguousarray(theta ** -exponents / divisors))
+            frequencies = self._uploaded(positions, _turning(lengths), rope)[0]
         else:
             if rope not in self.frequencies:
                 self.frequencies[rope] = self.xp.asarray(reference._frequencies(rope, np))
@@ -311,7 +287,8 @@ class Kernels:
         b = self.xp.empty((tokens, heads * dim), self.xp.float32)
         if heads == 0:
             return b
-        tasks, blocks, runs, items, columns = self.recent.of(segments, self._tasks, query_groups, window, sinks)
+        tasks, blocks, runs, most, columns = self._uploaded(segments, attention_tasks, query_groups, window, sinks)
+        items = next(n for n in ITEMS if n >= most)
         splits = -(-columns // SPLIT) if tokens <= SPLIT_ROWS else 1
         split = SPLIT if splits > 1 else -(-columns // KEYS) * KEYS
         parts = stats = None
@@ -328,26 +305,6 @@ class Kernels:
             self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
                          np.int32(dim), np.int64(tokens), b)
         return b
-
-    def _tasks(self, segments, query_groups, window: int | None, sinks: int):
-        """What the blocks of an attention do, on the device: tasks, the blocks of all rings, runs of heads; see attention.cu."""
-        most = ITEMS[-1]
-        runs = [(kv_head, first, min(most, group.stop - first)) for kv_head, group in enumerate(query_groups)
-                for first in range(group.start, group.stop, most)]
-        rows_at_once = most // max(count for _, _, count in runs)
-        tasks, ring_at = [], 0
-        for s in segments:
-            for row in range(0, len(s.slots), rows_at_once):
-                position = s.start + row
-                low = s.oldest if window is None else max(s.oldest, position - window + 1)
-                tasks.append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low, min(sinks, low),
-                              ring_at, len(s.ring.blocks), s.ring.pinned))
-            ring_at += len(s.ring.blocks)
-        columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
-        largest = max(task[1] for task in tasks) * max(count for _, _, count in runs)
-        arrays = [self.xp.asarray(np.array(a, np.int64)) for a in (
-            tasks, np.concatenate([s.ring.blocks for s in segments]), runs)]
-        return *arrays, next(n for n in ITEMS if n >= largest), columns
 
     # ---- a mixture of experts
 
@@ -375,6 +332,20 @@ class Kernels:
                      np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[2]),
                      np.int32(weight.out_features), choice, y)
         return y
+
+
+def _itself(x: np.ndarray) -> tuple[np.ndarray]:
+    """What is uploaded of an array."""
+    return (x,)
+
+
+def _turning(lengths: np.ndarray) -> Callable:
+    """For a RoPE that depends on the texts' lengths: a function of positions and rope that gives [tokens, pairs] frequencies."""
+    def frequencies(positions, rope: Rope):
+        theta, divisors = reference._stretched(lengths, rope, np)
+        return (theta ** -(np.arange(0, rope.dim, 2) / rope.dim) / divisors,)
+
+    return frequencies
 
 
 def _values_bytes(k: int, kind: str) -> int:
