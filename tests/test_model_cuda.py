@@ -35,7 +35,9 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
-@pytest.mark.parametrize('options', [['--collective', 'staged'], ['--collective', 'mpi', '--weights', 'int8', '--kv', 'float32']])
+@pytest.mark.parametrize('options', [
+    ['--collective', 'staged'],
+    ['--collective', 'mpi', '--weights', 'int8', '--kv', 'float32', '--temperature', '0.7', '--top-k', '9', '--logprobs', '2']])
 def test_the_command_on_two_gpus_gives_the_tokens_of_the_cpu(options):
     tokens, env = [], environment(FAKE_CUDA_DEVICES='2', TPMPI_TRUST_GPU_MPI='1')
     env['PYTHONPATH'] = os.pathsep.join([str(cuda_device.STAND_IN), env['PYTHONPATH']])

@@ -132,12 +132,12 @@ def best_tokens(hidden, engine):
     import numpy as np
 
     from tpmpi.model import logits
+    from tpmpi.sampling import most_probable
     comm, vocab = engine.comm, engine.model.shard.vocab
     mine = np.full((len(hidden), 2), -np.inf)  # of each row this rank's largest logit, and whose it is
     if len(vocab):
-        local = engine.device.to_host(logits(hidden, engine.model, engine.ops))  # [rows, vocab/n]
-        best = local.argmax(axis=-1)
-        mine[:, 0], mine[:, 1] = local[np.arange(len(local)), best], best + vocab.start
+        _, mine[:, 0], best = most_probable(logits(hidden, engine.model, engine.ops), engine.ops)
+        mine[:, 1] = best + vocab.start
     everyone = np.empty((comm.size, *mine.shape)) if comm.rank == 0 else None
     comm.gather(mine, everyone)
     chosen = np.empty(len(mine), np.int64)

@@ -258,13 +258,14 @@ class Engine:
         self._keep_embeddings(hidden, last_rows)
         drawn = [(row, number) for row, number in last_rows if self.running[number].params.max_new_tokens]
         if drawn:
-            local = self.device.to_host(logits(hidden[[row for row, _ in drawn]], self.model, self.ops))  # [rows, vocab/n]
-            start = perf_counter()
+            rows = [row for row, _ in drawn]
+            last = hidden if rows == list(range(len(hidden))) else hidden[rows]  # in decode no copy
+            local, start = logits(last, self.model, self.ops), perf_counter()  # [rows, vocab/n]
             draws = [Draw(s.params, s.noise, s.tokens) for s in (self.running[number] for _, number in drawn)]
             choices = self.sampler.choose(local, draws)
             for (_, number), choice in zip(drawn, choices or (), strict=False):  # rank 0
                 self._choose(number, choice)
-            self.seconds['sampling'] += perf_counter() - start
+            self.seconds['sampling'] += perf_counter() - start - self.sampler.waited
         if self.leads:
             for _, number in last_rows:
                 request = self.requests[number][0]
@@ -306,7 +307,7 @@ class Engine:
         targets = np.array(sequence.tokens[start:min(start + work.count, sequence.prompt_tokens)], np.int64)
         for at in range(0, len(targets), LOGIT_ROWS):
             part = targets[at:at + LOGIT_ROWS]
-            local = self.device.to_host(logits(hidden[row + at:row + at + len(part)], self.model, self.ops))
+            local = logits(hidden[row + at:row + at + len(part)], self.model, self.ops)
             scores.append(token_logprobs(local, self.model.shard.vocab, part, self.ops, self.comm))
         if self.leads:
             request = self.requests[work.number][0]

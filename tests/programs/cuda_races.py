@@ -11,7 +11,7 @@ import cupy
 import numpy as np
 
 from tpmpi.config import Rope
-from tpmpi.kernels.cuda import FEW_ROWS, SPLIT, Kernels
+from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, SPLIT, Kernels
 from tpmpi.kv_cache import LayerCache, Ring
 from tpmpi.weights import WEIGHT_KINDS, encode
 
@@ -56,8 +56,12 @@ def attention(ops):
             ops.attend(q, cache, (range(heads),), (segment,), None, 0.1, 5.0)
 
 
+def head(ops):
+    ops.best(numbers(2, CHUNK + 9), 3, np.array([0.5, 2.0]))
+
+
 if __name__ == '__main__':
-    for part in (products, rows, attention):
+    for part in (products, rows, attention, head):
         part(Kernels(cupy))
     cupy.cuda.get_current_stream().synchronize()
     print(json.dumps(sorted(cupy.fake.launches)))

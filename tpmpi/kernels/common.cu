@@ -15,6 +15,7 @@ typedef signed char i8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 // bfloat16 and float16 are carried as their bits.
 

@@ -33,6 +33,7 @@ EVERYWHERE = 1 << 62  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
 BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
 GRID_Y = 65535  # blocks along y, at most
+CHUNK = 2048  # head.cu
 
 
 class Kernels:
@@ -40,7 +41,8 @@ class Kernels:
 
     expert, join = staticmethod(reference.expert), staticmethod(reference.join)
     namespace, sigmoid, route = (staticmethod(f) for f in (reference.namespace, reference.sigmoid, reference.route))
-    log_sum_exp, top_k = staticmethod(reference.log_sum_exp), staticmethod(reference.top_k)
+    log_sum_exp, top_k = staticmethod(reference.log_sum_exp), staticmethod(reference.top_k)  # of what came to the host
+    BEST_AT_MOST = CHUNK // 2  # `best` finds so many
 
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
@@ -333,6 +335,34 @@ class Kernels:
                      np.int32(weight.out_features), choice, y)
         return y
 
+    # ---- the head
+
+    def best(self, logits, count: int, divisors: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The log-sum-exp of each row over its divisor, and its `count` largest numbers: logits and columns, on the host.
+
+        Largest first, equal ones by lower column.  Nothing else of [rows, vocab/n] is copied; divisors: [rows], or None for
+        ones; count: at most BEST_AT_MOST.  -> [rows], [rows, k] and [rows, k], where k is count or all there are.
+        """
+        xp, (rows, columns) = self.xp, logits.shape
+        keep, runs = min(count, columns), -(-columns // CHUNK)
+        assert 1 <= keep <= self.BEST_AT_MOST
+        stats, keys = xp.empty((rows, runs, 2), xp.float32), xp.empty((rows, runs, keep), xp.uint64)
+        n, left = _power_of_two(min(columns, CHUNK)), runs * keep
+        self._launch('head', 'best_of_logits', (runs, rows), 256, logits, np.int32(columns),
+                     None if divisors is None else xp.asarray(divisors, xp.float32), np.int32(keep), np.int32(n), keys, stats,
+                     shared=8 * n + 4 * 256 // 32)
+        while left > keep:
+            blocks, n, before = -(-left // CHUNK), _power_of_two(min(left, CHUNK)), keys
+            keys = xp.empty((rows, blocks, keep), xp.uint64)
+            self._launch('head', 'best_of_keys', (blocks, rows), 256, before, np.int32(left), np.int32(keep), np.int32(n), keys,
+                         shared=8 * n)
+            left = blocks * keep
+        found = xp.empty((rows, 1 + 2 * keep), xp.uint32)
+        self._launch('head', 'best_rows', (rows,), 256, logits, np.int32(columns), keys, np.int32(keep), stats, np.int32(runs),
+                     found, shared=4 * 256 // 32)
+        host = found.get()
+        return host[:, 0].view(np.float32), host[:, 1:1 + keep].view(np.float32), host[:, 1 + keep:].astype(np.int64)
+
 
 def _itself(x: np.ndarray) -> tuple[np.ndarray]:
     """What is uploaded of an array."""
@@ -346,6 +376,11 @@ def _turning(lengths: np.ndarray) -> Callable:
         return (theta ** -(np.arange(0, rope.dim, 2) / rope.dim) / divisors,)
 
     return frequencies
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _values_bytes(k: int, kind: str) -> int:

@@ -10,7 +10,7 @@ ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
 ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'int8': 'Int8', 'int4': 'Int4'}  # the structs of products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
-FILES = ('elementwise', 'products', 'attention')
+FILES = ('elementwise', 'products', 'attention', 'head')
 
 
 def source(name: str) -> str:
