@@ -18,6 +18,8 @@ from ranks import environment, run_program, run_ranks
 @pytest.mark.parametrize(('size', 'collective'), [(1, 'mpi'), (2, 'mpi'), (3, 'staged')])
 def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_reduce(models, tmp_path, size, collective):
     """An all-reduce before its sum is computed, a buffer used too early or a hidden copy fails in the stand-in."""
+    path, config = tmp_path / 'float16.h5', models['nine_heads'][1]
+    models = models | {'float16': (path, config, tiny.write_model(path, config, 'float16'))}
     reports = run_program('cuda_model.py', size, tmp_path / 'out.npz', collective, *(path for path, _, _ in models.values()),
                           timeout=300)
     found = np.load(tmp_path / 'out.npz')
@@ -30,7 +32,7 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
         assert sums == 0 if collective == 'mpi' or size == 1 else sums >= 1 + config.num_layers
         assert reports[name]['to_device'] == 1 + sums or config.num_experts  # the step's numbers, and what is staged
         assert config.num_experts or reports[name]['hidden'] == {}
-    config = models['nine_heads'][1]
+    assert any('float16' in kernel for kernel in reports['float16']['launches'])
     assert sum(reports['nine_heads']['launches'].values()) == 8 * config.num_layers + 3  # embedding, RoPE's table, first norm
 
 

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, STORED_KINDS, ConfigError
 
 STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
@@ -72,7 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
     p.add_argument('--sinks', type=int, default=0, metavar='N', help='and the first N tokens besides, however long the text')
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
-    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--weights', choices=STORED_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=ACTIVATION_DTYPES)
     p.add_argument('--kernels', default='auto', choices=KERNELS)
     p.add_argument('--device', default='auto', choices=DEVICES)

@@ -12,7 +12,7 @@ KV_DTYPES = ('float32', 'bfloat16')
 ACTIVATION_DTYPES = ('float32', 'bfloat16', 'int8')
 DEVICES = ('auto', 'cpu', 'cuda')
 COLLECTIVES = ('auto', 'mpi', 'staged', 'nccl')
-WEIGHT_KINDS = ('float32', 'bfloat16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
+STORED_KINDS = ('float32', 'bfloat16', 'float16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
 KERNELS = ('auto', 'cpu', 'reference')
 
 VOCAB_BLOCK = 64  # rows of the vocabulary that stay together on a rank
@@ -271,7 +271,7 @@ class RunConfig:
         if self.sinks and self.context is None:
             raise ConfigError(f'sinks is {self.sinks}; they need a context that rolls (--context N)')
         for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS),
-                            ('activations', ACTIVATION_DTYPES), ('collective', COLLECTIVES), ('weights', (None, *WEIGHT_KINDS))):
+                            ('activations', ACTIVATION_DTYPES), ('collective', COLLECTIVES), ('weights', (None, *STORED_KINDS))):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpmpi import api, session
 from tpmpi.comm import Communicator
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, KERNELS, WEIGHT_KINDS
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, KERNELS, STORED_KINDS
 
 DEMO_PROMPT = 'The LORD is my shepherd'
 log = logging.getLogger('tpmpi')
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--sinks', type=int, default=0, metavar='N', help='and the first N tokens besides, however long the text')
     p.add_argument('--kv', choices=('float32', 'bfloat16'),
                    help='element type of the KV cache (default: bfloat16 with int8 and int4 weights, else float32)')
-    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--weights', choices=STORED_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=ACTIVATION_DTYPES,
                    help='bfloat16, int8: they may be rounded where they meet bfloat16, or int8 and int4, weights')
     p.add_argument('--kernels', default='auto', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')

@@ -13,7 +13,7 @@ import numpy as np
 from tpmpi.config import Rope
 from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, SPLIT, Kernels
 from tpmpi.kv_cache import LayerCache, Ring
-from tpmpi.weights import WEIGHT_KINDS, encode
+from tpmpi.weights import STORED_KINDS, encode
 
 
 def numbers(*shape):
@@ -21,7 +21,7 @@ def numbers(*shape):
 
 
 def products(ops):
-    for kind in WEIGHT_KINDS:
+    for kind in STORED_KINDS:
         weight = ops.new_weight(5, 64, False, kind, 'W')
         ops.fill(weight, 0, encode(numbers(5, 64).get(), kind))
         even = ops.new_weight(6, 64, False, kind, 'W')

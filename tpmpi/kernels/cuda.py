@@ -2,10 +2,10 @@
 
 The sources are the .cu files beside this one, compiled for the device by NVRTC when they are first needed; CuPy keeps the
 result on disk.  A few rows meet the packed weights in one kernel (products.cu).  Many rows are multiplied by cuBLAS: float32
-as it is, bfloat16 on the tensor cores, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation, and an
-unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three; with
-activations rounded to bfloat16 one is enough.  What the host decides for a step, such as where keys lie, is uploaded in one
-copy for all layers.
+as it is, bfloat16 on the tensor cores, float16, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation,
+and an unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three;
+with activations rounded to bfloat16 one is enough, or two for float16, whose numbers are as fine as two of bfloat16.  What the
+host decides for a step, such as where keys lie, is uploaded in one copy for all layers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 THREADS = 128
 OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # a warp computes two
 FEW_ROWS = 32  # from more on the library's product is faster
-UNPACKED_BYTES = 64 << 20  # of a matrix of int8 or int4, at once
+UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
 KEYS = 128  # attention.cu
 SPLIT = 512  # keys of one block where a step has few queries
 SPLIT_ROWS = 64  # as many queries fill the device by themselves
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
-BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
+BITS = {'float32': 32, 'bfloat16': 16, 'float16': 16, 'int8': 8, 'int4': 4}
 GRID_Y = 65535  # blocks along y, at most
 CHUNK = 2048  # head.cu
 
@@ -42,6 +42,7 @@ class Kernels:
     expert, join = staticmethod(reference.expert), staticmethod(reference.join)
     namespace, sigmoid, route = (staticmethod(f) for f in (reference.namespace, reference.sigmoid, reference.route))
     log_sum_exp, top_k = staticmethod(reference.log_sum_exp), staticmethod(reference.top_k)  # of what came to the host
+    FLOAT16 = True  # is a kind of weights here
     BEST_AT_MOST = CHUNK // 2  # `best` finds so many
 
     def __init__(self, xp, activations: str = 'float32'):
@@ -232,18 +233,19 @@ class Kernels:
             self._add_product(weight.data.view(xp.float32), x, y, first=True)
             return
         halves = [xp.empty(x.shape, xp.uint16) for _ in range(1 if self.rounded else 2)]
-        no_low = [None] * (2 - len(halves))
-        self._launch('products', 'split_rows', (-(-x.size // 256),), 256, x, np.int64(x.size), *halves, *no_low)
+        self._launch('products', 'split_rows', (-(-x.size // 256),), 256, x, np.int64(x.size), *halves,
+                     *[None] * (2 - len(halves)))
         if weight.kind == 'bfloat16':
             for i, half in enumerate(halves):
                 self._add_product(weight.data.view(xp.uint16), half, y, first=i == 0)
             return
-        step = max(1, UNPACKED_BYTES // (2 * k * len(halves)))
+        parts = 2 if weight.kind == 'float16' else len(halves)
+        step = max(1, UNPACKED_BYTES // (2 * k * parts))
         for first in range(0, weight.out_features, step):
             part = weight.data[first:first + step]
-            unpacked = [xp.empty((len(part), k), xp.uint16) for _ in halves]
+            unpacked = [xp.empty((len(part), k), xp.uint16) for _ in range(parts)]
             self._launch('products', f'unpack_{weight.kind}', (len(part),), 256, part, np.int32(width), np.int32(k), *unpacked,
-                         *no_low)
+                         *[None] * (2 - parts))
             for i, (w, half) in enumerate([(w, half) for w in unpacked for half in halves][:3]):  # low times low is nothing
                 self._add_product(w, half, y[:, first:first + step], first=i == 0)
 

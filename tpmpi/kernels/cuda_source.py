@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tpmpi.weights import GROUP_PARTS
-
 ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
 ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
-KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'int8': 'Int8', 'int4': 'Int4'}  # the structs of products.cu
+KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
 FILES = ('elementwise', 'products', 'attention', 'head')
 
@@ -36,7 +34,7 @@ def _entries(name: str) -> list[str]:
                                f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
             found.append(entry(f'embed_{kind}', f'embed<{struct}>',
                                f'const long long* tokens, long long start, long long stop, {w}, int k, {y}'))
-            if kind in GROUP_PARTS:
+            if kind not in ('float32', 'bfloat16'):  # these the library multiplies as they are
                 found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
                                    f'{w}, int k, unsigned short* high, unsigned short* low'))
     for kv, number in CACHES.items():
