@@ -31,7 +31,8 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
         sums = reports[name]['to_host']
         assert sums == 0 if collective == 'mpi' or size == 1 else sums >= 1 + config.num_layers
         assert reports[name]['to_device'] == 1 + sums or config.num_experts  # the step's numbers, and what is staged
-        assert config.num_experts or reports[name]['hidden'] == {}
+        looks = {'item': 1} if config.num_experts and size > 1 else {}  # whether all ranks chose the same experts, once a step
+        assert reports[name]['hidden'] == looks or 'shaken' in name
     assert any('float16' in kernel for kernel in reports['float16']['launches'])
     assert sum(reports['nine_heads']['launches'].values()) == 8 * config.num_layers + 3  # embedding, RoPE's table, first norm
 
