@@ -92,10 +92,10 @@ def test_numpy_is_imported_after_the_threads_are_chosen():
 
 
 def test_every_all_reduce_is_in_plain_sight():
-    """The definition, the embedding, the two forms of the layer, norms over all heads, experts: nowhere else."""
+    """The definition, the embedding, the two forms of the layer, norms over all heads, experts: nowhere else but to measure."""
     lines = [(module(p), line.strip()) for p in FILES for line in p.read_text().splitlines()
              if re.search(r'\.all_reduce\(|def all_reduce', line)]
-    calls = [(room, line.partition('  #')[0].strip()) for room, line in lines if room != 'trace']
+    calls = [(room, line.partition('  #')[0].strip()) for room, line in lines if room not in ('trace', 'bench')]
     assert calls == [('comm', 'def all_reduce(self, x) -> None:'), ('model', 'comm.all_reduce(x)'),
                      ('model', 'comm.all_reduce(c)'), ('model', 'comm.all_reduce(e)'), ('model', 'comm.all_reduce(c)'),
                      ('model', 'comm.all_reduce(squares)'), ('model', 'comm.all_reduce(parts)'),

@@ -48,6 +48,7 @@ class Kernels:
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
         self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
+        self.launches = 0  # of these kernels, and of products by cuBLAS
 
     @cached_property
     def modules(self) -> dict:
@@ -58,6 +59,7 @@ class Kernels:
         """Run a kernel; None is a null pointer."""
         if name not in self.functions:
             self.functions[name] = self.modules[file].get_function(name)
+        self.launches += 1
         arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
         self.functions[name](grid, (threads,), arguments, shared_mem=shared)
 
@@ -255,6 +257,7 @@ class Kernels:
         kind = cuda.runtime.CUDA_R_32F if w.dtype == np.float32 else cuda.runtime.CUDA_R_16BF
         one, factor = np.ones(1, np.float32), np.full(1, 0 if first else 1, np.float32)
         (rows, k), blas = x.shape, cuda.cublas
+        self.launches += 1
         blas.gemmEx(cuda.device.get_cublas_handle(), blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, len(w), rows, k, one.ctypes.data,
                     w.data.ptr, kind, w.strides[0] // w.itemsize, x.data.ptr, kind, k, factor.ctypes.data,
                     y.data.ptr, cuda.runtime.CUDA_R_32F, y.strides[0] // y.itemsize, blas.CUBLAS_COMPUTE_32F,

@@ -20,7 +20,7 @@ class Uploads:
 
     def __init__(self, xp):
         self.xp, self.size, self.turn = xp, 0, 0
-        self.device, self.pinned, self.copied = None, [], []
+        self.device, self.pinned, self.copied = None, [], [xp.cuda.Event(disable_timing=True) for _ in range(2)]
         self.layout, self.views = None, []
 
     def send(self, arrays: Sequence[np.ndarray]) -> list:
@@ -31,13 +31,12 @@ class Uploads:
         self.turn = 1 - self.turn
         if total > self.size:
             self._grow(total)
-        elif self.copied[self.turn] is not None:
-            self.copied[self.turn].synchronize()
+        self.copied[self.turn].synchronize()
         host = self.pinned[self.turn]
         for x, start in zip(arrays, starts, strict=False):
             host[start:start + x.nbytes] = x.reshape(-1).view(np.uint8)
         self.device[:total].set(host[:total], stream=stream)
-        self.copied[self.turn] = stream.record()
+        self.copied[self.turn].record(stream)
         layout = [(x.shape, x.dtype) for x in arrays]
         if layout != self.layout:  # steps of decode have the same, one after another
             self.views = [self.device[start:start + x.nbytes].view(x.dtype).reshape(x.shape)
@@ -47,12 +46,12 @@ class Uploads:
 
     def _grow(self, nbytes: int) -> None:
         """New buffers of at least so many bytes, when all copies out of the old ones have ended."""
-        for event in filter(None, self.copied):
+        for event in self.copied:
             event.synchronize()
         self.size = max(SMALLEST, 1 << (nbytes - 1).bit_length())
         self.device = self.xp.empty(self.size, self.xp.uint8)
         self.pinned = [np.frombuffer(self.xp.cuda.alloc_pinned_memory(self.size), np.uint8, self.size) for _ in range(2)]
-        self.copied, self.layout = [None, None], None
+        self.layout = None
 
 
 def attention_tasks(segments, query_groups: Sequence[range], window: int | None, sinks: int) -> tuple:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from time import perf_counter
 
 import numpy as np
 
 from cupy import fake
 
 _numbers = itertools.count(2)
+
+
+class CUDARuntimeError(RuntimeError):
+    """What a call of the runtime returned."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
 
 
 class Stream:
@@ -83,12 +92,15 @@ class Event:
     """A place in a stream."""
 
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False):
-        self._stream, self._mark = None, None
+        self._stream, self._mark, self.timed, self.time = None, None, not disable_timing, None
 
     def record(self, stream: Stream | None = None) -> None:
         """Put it behind what is queued."""
-        self._stream, self._mark = stream or current(), lambda: None
-        self._stream.push(self._mark)
+        def mark():
+            self.time = perf_counter()
+
+        self._stream, self._mark, self.time = stream or current(), mark, None
+        self._stream.push(mark)
 
     def reach(self) -> None:
         """Run the stream as far as here."""
@@ -99,6 +111,16 @@ class Event:
         """Wait for what is before it."""
         fake.count_synchronization()
         self.reach()
+
+
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
+    """Milliseconds between two events that the stream has reached."""
+    for event in (start_event, end_event):
+        if not event.timed:
+            raise CUDARuntimeError(400, 'cudaErrorInvalidResourceHandle: invalid resource handle')
+        if event.time is None:
+            raise CUDARuntimeError(600, 'cudaErrorNotReady: device not ready')
+    return 1e3 * (end_event.time - start_event.time)
 
 
 class _Local(threading.local):
