@@ -55,18 +55,19 @@ def test_json_holds_every_figure(size):
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
-@pytest.mark.parametrize('size', [1, 2])
-def test_of_gpus_it_says_what_their_memory_copies_and_what_a_token_takes(size):
+@pytest.mark.parametrize(('size', 'graphs', 'launches'), [(1, 'off', 8 * 5 + 3), (2, 'auto', 2 * 5 + 2)])
+def test_of_gpus_it_says_what_their_memory_copies_and_what_a_token_takes(size, graphs, launches):
     """On the stand-in for CuPy, whose speed means nothing: which figures there are, and that they fit each other."""
     env = environment(FAKE_CUDA_DEVICES='2')
     env['PYTHONPATH'] = os.pathsep.join([str(cuda_device.STAND_IN), env['PYTHONPATH']])
-    done = run_ranks(size, '-c', BRIEF, *OPTIONS, '--repeat', 1, '--device', 'cuda', '--collective', 'staged', '--json', env=env)
+    done = run_ranks(size, '-c', BRIEF, *OPTIONS, '--repeat', 1, '--device', 'cuda', '--collective', 'staged', '--cuda-graphs',
+                     graphs, '--json', env=env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     copies, rate = found['copy_gb_per_s_by_rank'], found['stream_gb_per_s']
     assert len(copies) == size and all(copy > 0 for copy in copies) and 0 < rate <= sum(copies) * 1.001
     assert found['bandwidth_fraction'] == pytest.approx(found['weights_gb_per_s'] / rate, rel=0.05, abs=1e-4)
-    assert found['launches_per_token'] * 4 == 8 * 5 + 3 + 3  # five layers, what is before them, and the head's
+    assert found['launches_per_token'] * 4 == launches + 3  # the layers' kernels, or graphs behind sums, and the head's
     assert (found['collective'], found['allreduce_us_alone'] > 0) == (('staged', True) if size > 1 else ('none', False))
     assert found['device'].startswith('cuda:0') and found['kernels'] == 'cuda'
     lines = bench.table(found).splitlines()

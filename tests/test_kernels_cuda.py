@@ -11,8 +11,9 @@ from kernel_cases import pack, ring_steps
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda import KEYS, SPLIT, Kernels
+from tpmpi.kernels.cuda import Kernels
 from tpmpi.kernels.cuda_source import ITEMS
+from tpmpi.kernels.uploads import KEYS, SPLIT
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import STORED_KINDS, decode, encode
 

@@ -95,7 +95,8 @@ class LLM:
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
          kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0,
-         collective: str = 'auto', share_gpu: bool = False, session=None, group=None, tracing: bool = False) -> LLM:
+         collective: str = 'auto', share_gpu: bool = False, cuda_graphs: str = 'auto', session=None, group=None,
+         tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
@@ -106,7 +107,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     'cpu' (Numba), 'reference' (NumPy), or 'auto'.  activations: 'bfloat16' or 'int8', what the kernels may round them to
     where they meet bfloat16, or int8 and int4, weights.
     share_prefixes: prompts that begin alike are computed once.  collective: 'mpi', 'staged', 'nccl' or 'auto', how sums of
-    GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  group: the communicator of
+    GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  cuda_graphs:
+    'auto' launches a GPU's kernels of a step of decode together, 'off' one by one.  group: the communicator of
     the ranks that share this copy of the model, where not all of the session's ranks do.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
@@ -125,7 +127,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     def open_all():
         run = RunConfig(context, chunk, block, share_prefixes, kv_dtype='float32' if kv is None else kv, device=device,
                         verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks,
-                        collective=collective, share_gpu=share_gpu)
+                        collective=collective, share_gpu=share_gpu,
+                        cuda_graphs='off' if tracing else cuda_graphs)  # the tracer waits for each kernel
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')

@@ -19,7 +19,7 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, STORED_KINDS, ConfigError
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, DEVICES, KERNELS, KV_DTYPES, STORED_KINDS, ConfigError
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 STREAM_TOTAL = 1 << 30  # bytes that all ranks together stream at least: far more than their caches hold
@@ -57,6 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--device', choices=DEVICES)
     p.add_argument('--collective', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', default=None, help='several ranks may compute on one GPU')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, help='off: launch kernels of a GPU one by one')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--json', action='store_true', help='one JSON object instead of the table')
     options = p.parse_args(argv)
@@ -97,6 +98,7 @@ class Batch:
             free = int(ends[-1])
         self.cache = KVCache(model.config, model.shard, model.groups, free, run.block, engine.ops, run.kv_dtype,
                              engine.device.xp)
+        self.layers = engine.layers_of_a_cache()
 
 
 def run_round(engine, batch: Batch) -> Round:
@@ -113,7 +115,7 @@ def run_round(engine, batch: Batch) -> Round:
         for at in range(0, depth, chunk):
             part = prompt[at:at + chunk]
             step = Step.of(part, *((ring.segment(0, at, len(part), depth),) for ring in rings))
-            hidden = forward(step, model, batch.cache, ops, comm)
+            hidden = forward(step, model, batch.cache, ops, comm, batch.layers)
         firsts.append(best_tokens(hidden[-1:], engine))
     tokens = [np.concatenate(firsts)]  # each [batch]
     prefill_seconds = perf_counter() - start
@@ -124,7 +126,7 @@ def run_round(engine, batch: Batch) -> Round:
     for position in range(depth, depth + batch.new_tokens):
         segments = [[ring.segment(row, position, 1) for ring in rings] for row, rings in enumerate(batch.rings)]
         step = Step.of(tokens[-1], *zip(*segments, strict=True))
-        tokens.append(best_tokens(forward(step, model, batch.cache, ops, comm), engine))
+        tokens.append(best_tokens(forward(step, model, batch.cache, ops, comm, batch.layers), engine))
     decode_seconds = perf_counter() - start
     return Round(np.stack(tokens, axis=1).tolist(), prefill_seconds, decode_seconds,
                  traffic.seconds - seconds, traffic.bytes - nbytes, getattr(ops, 'launches', 0) - launches)
@@ -306,7 +308,7 @@ def table(f: dict) -> str:
 
 def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, measure, print."""
-    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu')
+    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu', 'cuda_graphs')
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
     start = perf_counter()
     llm = api.load(options.model, session=s, **chosen)

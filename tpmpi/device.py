@@ -150,7 +150,9 @@ def open_gpu(gpus: Sequence[Gpu], number: int) -> Device:
         cupy.cuda.Device(number).use()
         x = cupy.ones((2, 2), cupy.float32)
         (x @ x).get()  # compiled by NVRTC, multiplied by cuBLAS
-        return Device(f'cuda:{number} {gpus[number].name}', cupy, gpus[number], cupy.cuda.get_current_stream())
+        stream = cupy.cuda.Stream()  # a graph cannot be captured on the one that is there from the start
+        stream.use()
+        return Device(f'cuda:{number} {gpus[number].name}', cupy, gpus[number], stream)
 
 
 def ranks_on(placed: Sequence[tuple[str, Gpu]], rank: int, share: bool = False) -> int:

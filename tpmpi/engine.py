@@ -16,7 +16,7 @@ import numpy as np
 from tpmpi.config import ConfigError, RunConfig
 from tpmpi.footprint import LOGIT_ROWS
 from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks, rings_blocks
-from tpmpi.model import ModelShard, Step, forward, logits
+from tpmpi.model import ModelShard, Step, all_layers, forward, logits
 from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
 from tpmpi.tokenizer import StreamDecoder
@@ -122,6 +122,7 @@ class Engine:
         self.sampler = Sampler(model.shard.vocab, model.config.vocab_size, ops, comm)
         self.leads = comm.rank == 0
         self.cache: KVCache | None = None
+        self.layers: Callable | None = None  # what computes those of a step on this cache
         self.scheduler: Scheduler | None = None  # on rank 0
         self.running: dict[int, Running] = {}
         self.requests: dict[int, tuple[Request, Sequence]] = {}  # on rank 0: those that wait or run
@@ -132,13 +133,21 @@ class Engine:
         """The cache, for all requests to come; a collective call, while none runs."""
         assert not self.running
         model, run = self.model, self.run
-        self.cache = None
+        self.cache = self.layers = None
         self.cache = KVCache(model.config, model.shard, model.groups, num_blocks, run.block, self.ops, run.kv_dtype,
                              self.device.xp)
+        self.layers = self.layers_of_a_cache()
         if self.leads:
             copying = run.block % getattr(self.ops, 'SLOTS_TOGETHER', 1) == 0
             self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.groups,
                                        copying, self._stretched)
+
+    def layers_of_a_cache(self) -> Callable:
+        """What computes all layers of steps on one cache: on a GPU by graphs, unless these are off."""
+        if self.device.gpu is None or self.run.cuda_graphs == 'off':
+            return all_layers
+        from tpmpi.graphs import Graphs
+        return Graphs(self.device)
 
     # ---- requests, on rank 0
 
@@ -248,7 +257,7 @@ class Engine:
         phase = 'prefill' if 2 * of_prompts > at else 'decode'
         self.on_phase(phase)
         step = Step.of(np.array(tokens, np.int64), *zip(*segments, strict=True))
-        hidden = forward(step, self.model, self.cache, self.ops, self.comm)
+        hidden = forward(step, self.model, self.cache, self.ops, self.comm, self.layers)
         for row, work in scored:
             self._score(hidden, row, work)
         for work in plan.work:

@@ -7,6 +7,7 @@ lines that say `comm.all_reduce`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,15 +41,18 @@ class Step:
         return np.maximum(known, self.positions + 1)
 
 
-def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
-    """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank."""
+def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm, layers: Callable | None = None):
+    """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank.
+
+    layers: what computes them, for kernels of a device; `all_layers` by default.
+    """
     if model.config.query_growth:
         step = replace(step, growth=grown(step.positions, model.config))
     if not hasattr(ops, 'upload'):
         return all_layers(step, model, cache, ops, comm)
     ops.upload(step, model)  # to a device goes what the host has decided, in one copy
     quick = replace(step, counts=[])
-    hidden = all_layers(quick, model, cache, ops, comm)
+    hidden = (layers or all_layers)(quick, model, cache, ops, comm)
     if quick.counts and differ(ops.namespace(hidden).concatenate(quick.counts), comm.size).any().item():
         return all_layers(step, model, cache, ops, comm)  # once more, to the same slots; a look in each layer would cost more
     return hidden

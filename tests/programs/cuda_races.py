@@ -11,7 +11,8 @@ import cupy
 import numpy as np
 
 from tpmpi.config import Rope
-from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, SPLIT, Kernels
+from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, Kernels
+from tpmpi.kernels.uploads import SPLIT
 from tpmpi.kv_cache import LayerCache, Ring
 from tpmpi.weights import STORED_KINDS, encode
 

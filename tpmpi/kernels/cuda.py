@@ -17,18 +17,15 @@ import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda_source import FILES, ITEMS, ROWS_AT_ONCE, SPANS, source
+from tpmpi.kernels.cuda_source import FILES, ROWS_AT_ONCE, SPANS, source
 from tpmpi.kernels.recent import MOST, Recent
-from tpmpi.kernels.uploads import Uploads, attention_tasks
+from tpmpi.kernels.uploads import KEYS, Uploads, attention_tasks, power_of_two
 from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 
 THREADS = 128
 OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # a warp computes two
 FEW_ROWS = 32  # from more on the library's product is faster
 UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
-KEYS = 128  # attention.cu
-SPLIT = 512  # keys of one block where a step has few queries
-SPLIT_ROWS = 64  # as many queries fill the device by themselves
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
 BITS = {'float32': 32, 'bfloat16': 16, 'float16': 16, 'int8': 8, 'int4': 4}
@@ -48,7 +45,8 @@ class Kernels:
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
         self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
-        self.launches = 0  # of these kernels, and of products by cuBLAS
+        self.launches = 0  # of these kernels, of products by cuBLAS and of graphs
+        self.kind_of_step = None  # of two steps of one kind the same kernels are launched with the same arguments
 
     @cached_property
     def modules(self) -> dict:
@@ -73,6 +71,8 @@ class Kernels:
                    for segments, group in zip(step.segments, model.groups, strict=True) if model.query_groups]
         made = [make(owner, *arguments) for owner, make, arguments in wanted]
         views = iter(self.uploads.send([x for parts in made for x in parts if isinstance(x, np.ndarray)]))
+        decided = tuple(x for parts in made for x in parts if not isinstance(x, np.ndarray))
+        self.kind_of_step = self.uploads.device.data.ptr, tuple(self.uploads.layout), decided
         self.recent = Recent(len(wanted) + MOST)
         for (owner, _, arguments), parts in zip(wanted, made, strict=True):
             there = tuple(next(views) if isinstance(x, np.ndarray) else x for x in parts)
@@ -201,7 +201,11 @@ class Kernels:
     def linear(self, x, weight: Weight):
         """x · W for a packed W.  [tokens, in] -> [tokens, out]"""
         if weight.kind == 'mixed':
-            return self.xp.concatenate([self.linear(x, part) for part in weight.data], axis=1)
+            y, at = self.xp.empty((len(x), sum(part.out_features for part in weight.data)), self.xp.float32), 0
+            for part in weight.data:  # concatenate would bring a table of addresses from the host
+                y[:, at:at + part.out_features] = self.linear(x, part)
+                at += part.out_features
+            return y
         y = self.xp.empty((len(x), weight.out_features), self.xp.float32)
         if weight.in_features == 0:  # a rank without heads adds nothing
             y.fill(0)
@@ -294,10 +298,7 @@ class Kernels:
         b = self.xp.empty((tokens, heads * dim), self.xp.float32)
         if heads == 0:
             return b
-        tasks, blocks, runs, most, columns = self._uploaded(segments, attention_tasks, query_groups, window, sinks)
-        items = next(n for n in ITEMS if n >= most)
-        splits = -(-columns // SPLIT) if tokens <= SPLIT_ROWS else 1
-        split = SPLIT if splits > 1 else -(-columns // KEYS) * KEYS
+        tasks, blocks, runs, items, splits, split = self._uploaded(segments, attention_tasks, query_groups, window, sinks)
         parts = stats = None
         if splits > 1:
             parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
@@ -352,12 +353,12 @@ class Kernels:
         keep, runs = min(count, columns), -(-columns // CHUNK)
         assert 1 <= keep <= self.BEST_AT_MOST
         stats, keys = xp.empty((rows, runs, 2), xp.float32), xp.empty((rows, runs, keep), xp.uint64)
-        n, left = _power_of_two(min(columns, CHUNK)), runs * keep
+        n, left = power_of_two(min(columns, CHUNK)), runs * keep
         self._launch('head', 'best_of_logits', (runs, rows), 256, logits, np.int32(columns),
                      None if divisors is None else xp.asarray(divisors, xp.float32), np.int32(keep), np.int32(n), keys, stats,
                      shared=8 * n + 4 * 256 // 32)
         while left > keep:
-            blocks, n, before = -(-left // CHUNK), _power_of_two(min(left, CHUNK)), keys
+            blocks, n, before = -(-left // CHUNK), power_of_two(min(left, CHUNK)), keys
             keys = xp.empty((rows, blocks, keep), xp.uint64)
             self._launch('head', 'best_of_keys', (blocks, rows), 256, before, np.int32(left), np.int32(keep), np.int32(n), keys,
                          shared=8 * n)
@@ -381,11 +382,6 @@ def _turning(lengths: np.ndarray) -> Callable:
         return (theta ** -(np.arange(0, rope.dim, 2) / rope.dim) / divisors,)
 
     return frequencies
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest that is not below n."""
-    return 1 << (n - 1).bit_length()
 
 
 def _values_bytes(k: int, kind: str) -> int:

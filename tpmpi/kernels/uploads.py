@@ -6,9 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tpmpi.kernels.cuda_source import ITEMS
+
 ALIGNMENT = 16  # bytes, of each array in the buffer
 SMALLEST = 1 << 16  # bytes of a buffer
-MOST_ITEMS = 8  # queries times heads of a block, at most: the largest instance of attention.cu
+KEYS = 128  # attention.cu
+SPLIT = 512  # keys of one block where a step has few queries
+SPLIT_ROWS = 64  # as many queries fill the device by themselves
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 class Uploads:
@@ -48,7 +57,7 @@ class Uploads:
         """New buffers of at least so many bytes, when all copies out of the old ones have ended."""
         for event in self.copied:
             event.synchronize()
-        self.size = max(SMALLEST, 1 << (nbytes - 1).bit_length())
+        self.size = max(SMALLEST, power_of_two(nbytes))
         self.device = self.xp.empty(self.size, self.xp.uint8)
         self.pinned = [np.frombuffer(self.xp.cuda.alloc_pinned_memory(self.size), np.uint8, self.size) for _ in range(2)]
         self.layout = None
@@ -57,12 +66,13 @@ class Uploads:
 def attention_tasks(segments, query_groups: Sequence[range], window: int | None, sinks: int) -> tuple:
     """What the blocks of an attention do (see attention.cu): tasks, the blocks of all rings, runs of heads.
 
-    Behind these arrays: the most queries times heads of a task, and the most keys.
+    Behind these arrays: queries times heads of a block, among how many blocks the keys are split, and the keys of each.  What
+    grows with the texts grows in powers of two, so that most steps of decode are of one kind.
     """
-    runs = [(kv_head, first, min(MOST_ITEMS, group.stop - first)) for kv_head, group in enumerate(query_groups)
-            for first in range(group.start, group.stop, MOST_ITEMS)]
+    runs = [(kv_head, first, min(ITEMS[-1], group.stop - first)) for kv_head, group in enumerate(query_groups)
+            for first in range(group.start, group.stop, ITEMS[-1])]
     heads = max(count for _, _, count in runs)
-    rows_at_once = MOST_ITEMS // heads
+    rows_at_once = ITEMS[-1] // heads
     tasks, ring_at = [], 0
     for s in segments:
         for row in range(0, len(s.slots), rows_at_once):
@@ -72,5 +82,9 @@ def attention_tasks(segments, query_groups: Sequence[range], window: int | None,
                           ring_at, len(s.ring.blocks), s.ring.pinned))
         ring_at += len(s.ring.blocks)
     columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
-    blocks = np.concatenate([s.ring.blocks for s in segments])
-    return *(np.array(a, np.int64) for a in (tasks, blocks, runs)), heads * max(task[1] for task in tasks), columns
+    blocks = np.zeros(power_of_two(ring_at), np.int64)
+    np.concatenate([s.ring.blocks for s in segments], out=blocks[:ring_at])
+    items = next(n for n in ITEMS if n >= heads * max(task[1] for task in tasks))
+    few = segments[-1].rows.stop <= SPLIT_ROWS
+    splits, split = (power_of_two(-(-columns // SPLIT)), SPLIT) if few else (1, -(-columns // KEYS) * KEYS)
+    return np.array(tasks, np.int64), blocks, np.array(runs, np.int64), items, splits, split
