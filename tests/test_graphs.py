@@ -19,7 +19,7 @@ def check(reports, models, size):
         for found in ranks:
             assert found['same'] and found['usable'], name
             assert found['sums'][0] == found['sums'][1]
-            assert found['kinds'] == 0 if config.num_experts else found['kinds'] > 3
+            assert found['kinds'] == 0 if config.num_experts else found['kinds'] > 0
             assert set(found['parts']) <= {1 if size == 1 else found['sums'][0] // STEPS + 1}
 
 

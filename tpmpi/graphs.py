@@ -75,6 +75,7 @@ class Graphs:
                 self.seen = {kind} if len(self.seen) == MOST_SEEN else self.seen | {kind}
                 return all_layers(step, model, cache, ops, comm)
             if len(self.captured) == MOST_KINDS:
+                self.stream.synchronize()  # the last one may still be under way
                 self.captured.clear()
             try:
                 self.captured[kind] = self._capture(step, model, cache, ops, comm)

@@ -140,7 +140,7 @@ class Draw(NamedTuple):
 class Rows:
     """This rank's logits of some rows.  Of those on a device, as little as will do comes to the host.
 
-    That are the largest of each, of all rows in one copy, where these are the candidates, and otherwise the whole row.
+    Where the largest of each row are the candidates, these come, of all rows in one copy; otherwise the whole row does.
     """
 
     def __init__(self, logits, draws: Sequence[Draw], ops):
@@ -174,12 +174,12 @@ class Rows:
         Largest first, equal ones by lower column; all there are where these are fewer.
         """
         total, values, columns = self.found.get((row, divisor), (None, *NOTHING))
-        if len(columns) < min(count, self.width):
+        if total is None or len(columns) < min(count, self.width):
             x = self.whole(row)
-            _, columns = self.ops.top_k(x if divisor == 1 else x / np.float32(divisor), count)
+            scaled = x if divisor == 1 else x / np.float32(divisor)
+            total = self.ops.log_sum_exp(scaled[None])[0] if total is None else total
+            _, columns = self.ops.top_k(scaled, count)
             values = x[columns]
-        if total is None:
-            total = self.ops.log_sum_exp(self.whole(row)[None] / np.float32(divisor))[0]
         return total, values[:count], columns[:count]
 
 
