@@ -46,10 +46,6 @@ class Stream:
     def synchronize(self):
         self.waits += 1
 
-    def use(self):
-        """It is what all work goes to."""
-
-
 class Nccl:
     """CuPy's module as far as it is used; `calls` of the last communicator."""
 
@@ -100,7 +96,7 @@ def make(gpus=(), error: Exception | None = None, work_error: Exception | None =
     runtime.memGetInfo = lambda: (free, 2 * free)
     cuda.used = []
     cuda.Device = lambda number: types.SimpleNamespace(use=lambda: cuda.used.append(number))
-    cuda.runtime, cuda.get_current_stream, cuda.Stream = runtime, lambda: stream, lambda: stream
+    cuda.runtime, cuda.get_current_stream = runtime, lambda: stream
     cuda.alloc_pinned_memory = bytearray
     cupy.__version__, cupy.cuda, cupy.ones, cupy.float32 = '14.2.0', cuda, ones, np.float32
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_all_blocks=lambda: None)
