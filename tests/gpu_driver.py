@@ -46,6 +46,7 @@ class Stream:
     def synchronize(self):
         self.waits += 1
 
+
 class Nccl:
     """CuPy's module as far as it is used; `calls` of the last communicator."""
 
