@@ -61,9 +61,9 @@ def run_ranks(size: int, *arguments, timeout: float = 120, **options) -> subproc
     return subprocess.run(command(size, *arguments), capture_output=True, timeout=timeout, **options)
 
 
-def run_program(name: str, size: int, *arguments, timeout: float = 120):
+def run_program(name: str, size: int, *arguments, timeout: float = 120, **options):
     """Run tests/programs/<name> on `size` ranks; it must succeed, and its last line of output is JSON."""
-    done = run_ranks(size, PROGRAMS / name, *arguments, timeout=timeout)
+    done = run_ranks(size, PROGRAMS / name, *arguments, timeout=timeout, **options)
     assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from time import perf_counter
+from types import SimpleNamespace
 
+import cuda_device
 import numpy as np
 import pytest
-from ranks import run_ranks
+from ranks import environment, run_ranks
 from test_run import own_errors
 
 from tpmpi import bench
 from tpmpi.config import ConfigError
+from tpmpi.device import Device, Gpu
 
 BRIEF = 'import sys; from tpmpi import bench; bench.STREAM_TOTAL = 1 << 20; sys.exit(bench.main(sys.argv[1:]))'
 OPTIONS = ('--prompt-tokens', 9, '--new-tokens', 3, '--batch', 4, '--repeat', 2)
@@ -46,6 +52,41 @@ def test_json_holds_every_figure(size):
     assert {name: found[name] for name in expected} == expected
     for name in ('machine', 'tpmpi'):
         assert isinstance(found[name], str) and found[name]
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
+@pytest.mark.parametrize(('size', 'graphs', 'launches'), [(1, 'off', 8 * 5 + 3), (2, 'auto', 2 * 5 + 2)])
+def test_of_gpus_it_says_what_their_memory_copies_and_what_a_token_takes(size, graphs, launches):
+    """On the stand-in for CuPy, whose speed means nothing: which figures there are, and that they fit each other."""
+    env = environment(FAKE_CUDA_DEVICES='2')
+    env['PYTHONPATH'] = os.pathsep.join([str(cuda_device.STAND_IN), env['PYTHONPATH']])
+    done = run_ranks(size, '-c', BRIEF, *OPTIONS, '--repeat', 1, '--device', 'cuda', '--collective', 'staged', '--cuda-graphs',
+                     graphs, '--json', env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    copies, rate = found['copy_gb_per_s_by_rank'], found['stream_gb_per_s']
+    assert len(copies) == size and all(copy > 0 for copy in copies) and 0 < rate <= sum(copies) * 1.001
+    assert found['bandwidth_fraction'] == pytest.approx(found['weights_gb_per_s'] / rate, rel=0.05, abs=1e-4)
+    assert found['launches_per_token'] * 4 == launches + 3  # the layers' kernels, or graphs behind sums, and the head's
+    assert (found['collective'], found['allreduce_us_alone'] > 0) == (('staged', True) if size > 1 else ('none', False))
+    assert found['device'].startswith('cuda:0') and found['kernels'] == 'cuda'
+    lines = bench.table(found).splitlines()
+    assert lines[-1].startswith('launches') and 'copies, read and written' in lines[-4] and 'Fake GPU 0' in lines[0]
+
+
+def test_times_of_copies_are_those_between_their_events():
+    with cuda_device.device('stand-in') as cupy:
+        device = Device('cuda:0', cupy, Gpu('fake', '0'), cupy.cuda.get_current_stream())
+        source, target = bench.copy_buffers(device, 100, 1 << 10)
+        assert source.nbytes == 1 << 20 == target.nbytes
+        start = perf_counter()
+        times = bench.copy_seconds(SimpleNamespace(exchange=lambda value: [value]), device, source, target)
+        assert len(times) == bench.STREAM_PASSES and all(0 < t for t in times) and sum(times) < perf_counter() - start
+        assert (target.get() == 1).all()
+        event = cupy.cuda.Event()
+        event.record()
+        with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match='cudaErrorNotReady'):
+            cupy.cuda.get_elapsed_time(event, event)
 
 
 @pytest.mark.parametrize(('model', 'size'), [('bundled', 1), ('bundled', 2), ('bundled', 3), ('nine_heads', 2)])

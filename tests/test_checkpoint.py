@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from ranks import PROGRAMS, environment, run_program
 
 from tpmpi.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter, TokenizerData
-from tpmpi.file_layout import bfloat16_type
+from tpmpi.file_layout import bfloat16_type, part_meaning
 from tpmpi.sharding import rank_rows, shard, tensor_specs
-from tpmpi.weights import WEIGHT_KINDS, Stored, decode, encode
+from tpmpi.weights import STORED_KINDS, Stored, decode, encode
 
 PACKAGE = Path(__file__).parent.parent
 CONFIG = tiny.NINE_HEADS
 KINDS = dict.fromkeys(tensor_specs(CONFIG), 'float32')
 
 
-@pytest.fixture(params=WEIGHT_KINDS)
+@pytest.fixture(params=STORED_KINDS)
 def stored(request, tmp_path):
     """A model file of each kind: (path, whole tensors)."""
     path = tmp_path / 'model.h5'
@@ -38,7 +38,7 @@ def stored(request, tmp_path):
 def of_kinds(tmp_path_factory):
     """The same by kind: {'float32': (path, whole tensors), ...}."""
     folder = tmp_path_factory.mktemp('kinds')
-    return {kind: (folder / f'{kind}.h5', tiny.write_model(folder / f'{kind}.h5', tiny.GROUPS, kind)) for kind in WEIGHT_KINDS}
+    return {kind: (folder / f'{kind}.h5', tiny.write_model(folder / f'{kind}.h5', tiny.GROUPS, kind)) for kind in STORED_KINDS}
 
 
 def read_whole(reader, name, verify=True):
@@ -57,7 +57,7 @@ def test_what_is_written_is_read(stored):
 
 @settings(max_examples=30, deadline=None)
 @given(place=st.integers(1, 14).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 def test_any_rank_reads_its_rows(of_kinds, kind, place):
     (path, tensors), config = of_kinds[kind], tiny.GROUPS
     rank, size = place
@@ -83,6 +83,20 @@ def test_other_programs_read_bfloat16_as_numbers(tmp_path):
                           capture_output=True, text=True, check=True).stdout
     numbers = [float(x) for x in re.search(r'DATA \{([^}]*)\}', dump)[1].split(',')]
     np.testing.assert_allclose(numbers, tensors['layers/0/q'][5, :3], rtol=1e-6)
+
+
+def test_float16_is_the_type_of_every_hdf5_tool(tmp_path):
+    path = tmp_path / 'model.h5'
+    tensors = tiny.write_model(path, CONFIG, 'float16')
+    with h5py.File(path) as f:
+        dataset = f['layers/0/q']
+        assert f.attrs['format_version'] == 2 and dataset.dtype == np.float16
+        np.testing.assert_array_equal(dataset[...], tensors['layers/0/q'])
+    assert part_meaning(tensor_specs(CONFIG)['layers/0/q'], 'float16', 'data').endswith('; IEEE half')  # beside bfloat16
+    with h5py.File(path, 'r+') as f:
+        f.attrs['format_version'] = 1
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match='stored as float16; expected float32 or bfl'):
+        reader.kind('embedding')
 
 
 def a_stranger_decodes(dataset):
@@ -126,7 +140,7 @@ def test_h5dump_says_how_integers_are_decoded(of_kinds, kind, down):
 def test_the_version_is_the_oldest_that_can_say_it(of_kinds):
     for kind, (path, _) in of_kinds.items():
         with h5py.File(path) as f:
-            assert f.attrs['format_version'] == (2 if kind.startswith('int') else 1)
+            assert f.attrs['format_version'] == (1 if kind in ('float32', 'bfloat16') else 2)
     with h5py.File(PACKAGE / 'data' / 'kjv.h5') as f:
         assert f.attrs['format_version'] == 1
     with CheckpointReader(PACKAGE / 'data' / 'kjv.h5') as reader:

@@ -64,6 +64,21 @@ def test_the_tensors_are_the_source_s(tmp_path, options, kind):
     assert stored(tmp_path / 'model.h5', 'layers/0/attn_norm')[0] == 'float32'
 
 
+@pytest.mark.parametrize('options', [(), ('--weights', 'float16'), ('--weights', 'float32')])
+def test_a_source_of_float16_stays_float16_to_the_last_bit(tmp_path, options):
+    from safetensors.numpy import save_file
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    values = {name: (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16) for name, bits in source_bits().items()}
+    values['lm_head.weight'][0, :3] = 2 ** -24, -65504, -0.0
+    save_file(values, tmp_path / 'source' / 'model.safetensors')
+    done = run(tmp_path / 'source', tmp_path / 'model.h5', *options)
+    kind = 'float32' if 'float32' in options else 'float16'
+    assert done.returncode == 0 and f'float16 -> {kind}, exact: ' in done.stderr
+    for ours, theirs in (('head', values['lm_head.weight']), ('layers/0/down', values['model.layers.0.mlp.down_proj.weight'].T)):
+        found, tensor = stored(tmp_path / 'model.h5', ours)
+        assert found == kind and tensor.astype(np.float16).tobytes() == theirs.tobytes()
+
+
 def test_integers_that_do_not_fit_are_bfloat16_and_the_command_says_so(tmp_path):
     """Rows of 36 are no whole groups; down and attn_out have units of 64 and of 8 rows, and 200 rows in all."""
     done = run(SOURCE, tmp_path / 'model.h5', '--weights', 'int8')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import nvrtc
 import pytest
 
-from tpmpi.kernels.cuda import FILES, source
+from tpmpi.kernels.cuda_source import FILES, source
 
 pytestmark = pytest.mark.cuda
 

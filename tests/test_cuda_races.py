@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_cuda_compile import entries
 
-from tpmpi.kernels.cuda import FILES, source
+from tpmpi.kernels.cuda_source import FILES, source
 
 pytestmark = pytest.mark.cuda
 PROGRAM = Path(__file__).parent / 'programs/cuda_races.py'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import cuda_device
 import gpu_driver
 import numpy as np
 import pytest
@@ -104,6 +105,14 @@ def test_a_gpu_is_opened(monkeypatch):
     device.synchronize()
     assert device.stream.waits == 1
     assert type(device.to_host(cupy.ones(2, np.float32))) is np.ndarray
+
+
+def test_all_models_of_a_rank_have_one_stream_which_graphs_can_be_captured_on():
+    with cuda_device.device('stand-in') as cupy:
+        first, second = (open_gpu(visible_gpus({}), 0) for _ in range(2))
+        assert first.stream is second.stream is cupy.cuda.get_current_stream() and first.stream.ptr != 0
+        first.stream.begin_capture()
+        first.stream.end_capture()
 
 
 def test_the_cpu_has_nothing_to_wait_for():

@@ -13,7 +13,7 @@ from tpmpi.kernels import reference
 from tpmpi.kv_cache import KVCache, rings_blocks
 from tpmpi.model_shard import load_model
 from tpmpi.sharding import rank_rows, shard, target_kind
-from tpmpi.weights import WEIGHT_KINDS, Weight, recode
+from tpmpi.weights import STORED_KINDS, Weight, recode
 
 CONFIGS = tiny.CONFIGS | {'groups': tiny.GROUPS}
 
@@ -21,7 +21,7 @@ CONFIGS = tiny.CONFIGS | {'groups': tiny.GROUPS}
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp('footprint')
-    kinds = {'mixed': lambda name: 'int8' if 'experts/1/' in name else 'bfloat16'} | {kind: kind for kind in WEIGHT_KINDS}
+    kinds = {'mixed': lambda name: 'int8' if 'experts/1/' in name else 'bfloat16'} | {kind: kind for kind in STORED_KINDS}
 
     def path_of(name, kind):
         path = folder / f'{name}-{kind}.h5'
@@ -41,18 +41,19 @@ def test_in_float32_it_is_what_the_reference_kernels_hold(files, name, size):
                 assert shard_bytes(reader, part, 'float32') == load_model(reader, part, reference).nbytes
 
 
-@pytest.mark.parametrize('kind', [*WEIGHT_KINDS, 'mixed'])
-@pytest.mark.parametrize('weights', [None, *WEIGHT_KINDS])
+@pytest.mark.parametrize('kind', [*STORED_KINDS, 'mixed'])
+@pytest.mark.parametrize('weights', [None, *STORED_KINDS])
 @pytest.mark.parametrize('name', ['groups', 'capped'])
-def test_of_each_kind_it_is_what_is_read_and_recoded(files, name, kind, weights):
+@pytest.mark.parametrize('float16', [True, False])
+def test_of_each_kind_it_is_what_is_read_and_recoded(files, name, kind, weights, float16):
     with CheckpointReader(files(name, kind)) as reader:
         for rank in range(3):
             part, total = shard(reader.config, rank, 3), 0
             for spec in filter(lambda spec: spec.is_matrix, reader.specs.values()):
                 stored = reader.read_rows(spec.name, rank_rows(spec, part))
-                stored = recode(stored, target_kind(spec, stored.kind, weights))
+                stored = recode(stored, target_kind(spec, stored.kind, weights, float16))
                 total += sum(array.nbytes for array in stored.parts.values())
-            assert shard_bytes(reader, part, weights) == total
+            assert shard_bytes(reader, part, weights, float16) == total
 
 
 def test_experts_of_several_kinds_are_float32_together(files):

@@ -11,9 +11,11 @@ from kernel_cases import pack, ring_steps
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda import ITEMS, KEYS, SPLIT, Kernels
+from tpmpi.kernels.cuda import Kernels
+from tpmpi.kernels.cuda_source import ITEMS
+from tpmpi.kernels.uploads import KEYS, SPLIT
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
-from tpmpi.weights import WEIGHT_KINDS, decode, encode
+from tpmpi.weights import STORED_KINDS, decode, encode
 
 SMALL = settings(max_examples=40, deadline=None)
 FLOAT32 = 2e-6  # of a sum of float32, beside the sum of its terms' magnitudes
@@ -38,7 +40,7 @@ def random(seed, *shape):
 
 
 @SMALL
-@given(kind=st.sampled_from(WEIGHT_KINDS), transposed=st.booleans(), inputs=st.integers(1, 150), outputs=st.integers(1, 60),
+@given(kind=st.sampled_from(STORED_KINDS), transposed=st.booleans(), inputs=st.integers(1, 150), outputs=st.integers(1, 60),
        tokens=st.one_of(st.integers(1, 9), st.sampled_from([32, 33, 40])), pieces=st.integers(1, 3), rounded=st.booleans(),
        seed=st.integers(0, 9))
 def test_linear_is_the_product(xp, kind, transposed, inputs, outputs, tokens, pieces, rounded, seed):
@@ -58,7 +60,7 @@ def test_linear_is_the_product(xp, kind, transposed, inputs, outputs, tokens, pi
     assert (np.abs(y - x.astype(np.float64) @ w) <= error * size).all()
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 @pytest.mark.parametrize('tokens', [1, 3, 8, 11, 40])
 def test_gated_products(ops, xp, kind, tokens):
     stored, x = encode(random(1, 2 * 37, 96), kind), random(2, tokens, 96)
@@ -73,7 +75,7 @@ def test_gated_products(ops, xp, kind, tokens):
     np.testing.assert_array_equal(mixed, alone)
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 def test_a_row_and_an_output_have_the_same_bits_among_any_others(ops, xp, kind):
     values, x = random(1, 21, 96), random(2, 32, 96)
     whole = ops.linear(xp.asarray(x), pack(ops, encode(values, kind), 1)).get()
@@ -84,7 +86,7 @@ def test_a_row_and_an_output_have_the_same_bits_among_any_others(ops, xp, kind):
         np.testing.assert_array_equal(part, whole[:, first:last])
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 @pytest.mark.parametrize('tokens', [9, 40])
 def test_what_is_not_a_number_stays_visible(ops, xp, kind, tokens):
     weight = pack(ops, encode(np.ones((7, 64), np.float32), kind), 1)
@@ -96,7 +98,7 @@ def test_what_is_not_a_number_stays_visible(ops, xp, kind, tokens):
         np.testing.assert_allclose(np.delete(y, 4, axis=0), 64, rtol=2e-3)
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 def test_weights_without_rows_or_columns_and_of_two_kinds(ops, xp, kind):
     none = ops.linear(xp.empty((3, 0), xp.float32), ops.new_weight(0, 64, True, kind, 'W^B'))
     np.testing.assert_array_equal(none.get(), np.zeros((3, 64)))
@@ -106,7 +108,7 @@ def test_weights_without_rows_or_columns_and_of_two_kinds(ops, xp, kind):
     np.testing.assert_allclose(y, np.concatenate([x @ decode(part).T for part in parts], axis=1), atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 def test_embedding_rows(ops, xp, kind):
     stored, tokens = encode(random(6, 40, 96), kind), np.array([3, 60, 7, 20, 59, 46, 19])
     found = ops.embed(tokens, pack(ops, stored, 2), range(20, 60)).get()
@@ -115,7 +117,7 @@ def test_embedding_rows(ops, xp, kind):
     assert (ops.embed(tokens, ops.new_weight(0, 96, False, kind, ''), range(0)).get() == 0).all()
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 def test_experts(ops, xp, kind):
     rng, experts, hidden, ffn = np.random.default_rng(7), 5, 64, 32
     (up, down), ours = ((kernels.new_experts(experts, 2 * ffn, hidden, False, kind, 'W^C'),

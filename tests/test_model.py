@@ -101,6 +101,25 @@ def test_a_kind_chosen_at_loading_is_that_of_a_converted_file(tmp_path, weights,
     np.testing.assert_array_equal(chosen.embedding.data, stored.embedding.data)
 
 
+@pytest.mark.parametrize('size', [1, 2, 5])
+def test_float16_is_float32_in_a_cpu_s_memory_without_loss(tmp_path, size):
+    tensors = tiny.write_model(tmp_path / 'model.h5', tiny.NINE_HEADS, 'float16')
+    tiny.write_model(tmp_path / 'same.h5', tiny.NINE_HEADS)
+    with h5py.File(tmp_path / 'same.h5', 'r+') as f:
+        for name, tensor in tensors.items():
+            f[name][...] = tensor
+    for rank in range(size):
+        found, expected = [], []
+        for path, models in (('model.h5', found), ('same.h5', expected)):
+            with CheckpointReader(tmp_path / path) as reader:
+                models.append(load_model(reader, shard(tiny.NINE_HEADS, rank, size), ops))
+        assert {w.kind for layer in found[0].layers for w in layer.matrices} == {'float32'}
+        for a, b in zip(found[0].layers, expected[0].layers, strict=True):
+            for one, other in zip(a.matrices, b.matrices, strict=True):
+                np.testing.assert_array_equal(one.data, other.data)
+        np.testing.assert_array_equal(found[0].embedding.data, expected[0].embedding.data)
+
+
 def test_weights_that_the_chosen_kind_cannot_hold_are_named(tmp_path):
     tiny.write_model(tmp_path / 'model.h5', tiny.GROUPS)
     with h5py.File(tmp_path / 'model.h5', 'r+') as f:

@@ -18,6 +18,8 @@ from ranks import environment, run_program, run_ranks
 @pytest.mark.parametrize(('size', 'collective'), [(1, 'mpi'), (2, 'mpi'), (3, 'staged')])
 def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_reduce(models, tmp_path, size, collective):
     """An all-reduce before its sum is computed, a buffer used too early or a hidden copy fails in the stand-in."""
+    path, config = tmp_path / 'float16.h5', models['nine_heads'][1]
+    models = models | {'float16': (path, config, tiny.write_model(path, config, 'float16'))}
     reports = run_program('cuda_model.py', size, tmp_path / 'out.npz', collective, *(path for path, _, _ in models.values()),
                           timeout=300)
     found = np.load(tmp_path / 'out.npz')
@@ -28,13 +30,17 @@ def test_shards_give_the_whole_model_s_logits_and_nothing_waits_but_the_all_redu
         np.testing.assert_allclose(found[name], expected, atol=5e-5 * np.abs(expected).max(), err_msg=name)
         sums = reports[name]['to_host']
         assert sums == 0 if collective == 'mpi' or size == 1 else sums >= 1 + config.num_layers
-        assert config.num_experts or reports[name]['hidden'] == {}
-    config = models['nine_heads'][1]
+        assert reports[name]['to_device'] == 1 + sums or config.num_experts  # the step's numbers, and what is staged
+        looks = {'item': 1} if config.num_experts and size > 1 else {}  # whether all ranks chose the same experts, once a step
+        assert reports[name]['hidden'] == looks or 'shaken' in name
+    assert any('float16' in kernel for kernel in reports['float16']['launches'])
     assert sum(reports['nine_heads']['launches'].values()) == 8 * config.num_layers + 3  # embedding, RoPE's table, first norm
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
-@pytest.mark.parametrize('options', [['--collective', 'staged'], ['--collective', 'mpi', '--weights', 'int8', '--kv', 'float32']])
+@pytest.mark.parametrize('options', [
+    ['--collective', 'staged'],
+    ['--collective', 'mpi', '--weights', 'int8', '--kv', 'float32', '--temperature', '0.7', '--top-k', '9', '--logprobs', '2']])
 def test_the_command_on_two_gpus_gives_the_tokens_of_the_cpu(options):
     tokens, env = [], environment(FAKE_CUDA_DEVICES='2', TPMPI_TRUST_GPU_MPI='1')
     env['PYTHONPATH'] = os.pathsep.join([str(cuda_device.STAND_IN), env['PYTHONPATH']])

@@ -102,6 +102,8 @@ def test_the_kind_that_a_tensor_gets():
     q, attn_out, norm = (specs[name] for name in ('layers/0/q', 'layers/0/attn_out', 'final_norm'))
     assert [target_kind(q, 'bfloat16', asked) for asked in (None, 'int4', 'float32')] == ['bfloat16', 'int4', 'float32']
     assert [target_kind(attn_out, 'int4', asked) for asked in (None, 'int8', 'float32')] == ['float32', 'bfloat16', 'float32']
+    assert [target_kind(q, *kinds) for kinds in (('float16', None), ('float16', None, True), ('int8', 'float16', True),
+                                                 ('float16', 'int4', True))] == ['float32', 'float16', 'float16', 'int4']
     assert {target_kind(norm, 'float32', asked) for asked in (None, 'int8', 'bfloat16')} == {'float32'}
     assert attn_out.why_not('int8') == 'its 32 rows are split in units of 16, not in multiples of 32'
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tpmpi.weights import (
     GROUP,
-    WEIGHT_KINDS,
+    STORED_KINDS,
     Stored,
     Weight,
     decode,
@@ -67,6 +67,17 @@ def test_float32_is_not_copied_and_unknown_kinds_are_refused():
     assert encode(x, 'float32').data is x and decode(encode(x, 'float32')) is x
     with pytest.raises(ValueError, match='float8'):
         encode(x, 'float8')
+
+
+@given(floats)
+def test_float16_is_ieee_half_and_what_it_cannot_reach_is_refused(x):
+    if abs(x) > 65504:
+        with pytest.raises(ValueError, match='which float16 cannot hold' if math.isinf(x) else 'float16 reaches 65504'):
+            encode(np.array([x], np.float32), 'float16')
+        return
+    stored = encode(np.array([x], np.float32), 'float16')
+    assert stored.data.tobytes() == struct.pack('<e', x)  # to nearest, ties to even
+    assert decode(stored)[0] == struct.unpack('<e', struct.pack('<e', x))[0] and decode(stored).dtype == np.float32
 
 
 # ---- groups of integers
@@ -195,11 +206,11 @@ def test_shapes_that_do_not_fit_are_refused():
         encode(np.zeros((32, 3), np.float32), 'int4', 0)
 
 
-@pytest.mark.parametrize('kind', WEIGHT_KINDS)
+@pytest.mark.parametrize('kind', STORED_KINDS)
 def test_every_other_kind_can_become_a_kind(kind):
     x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     for group_axis in (0, 1):
-        for other in WEIGHT_KINDS:
+        for other in STORED_KINDS:
             stored = encode(x, other, group_axis)
             again = recode(stored, kind)
             assert (again is stored) == (kind == other) and (again.kind, again.group_axis) == (kind, group_axis)

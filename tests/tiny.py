@@ -100,7 +100,7 @@ def write_model(path, config: ModelConfig, kind: str = 'float32', seed: int = 0,
     """
     tensors, specs = random_tensors(config, seed), tensor_specs(config)
     of = kind if callable(kind) else lambda name: kind
-    kinds = {name: target_kind(spec, 'float32', of(name)) for name, spec in specs.items()}
+    kinds = {name: target_kind(spec, 'float32', of(name), float16=True) for name, spec in specs.items()}
     tokenizer = TokenizerData(byte_tokenizer(), None, None, eos)
     with CheckpointWriter(path, config, kinds, tokenizer, {'source': 'random'}) as writer:
         for name, tensor in tensors.items():

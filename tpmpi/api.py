@@ -95,18 +95,20 @@ class LLM:
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
          kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0,
-         collective: str = 'auto', share_gpu: bool = False, session=None, group=None, tracing: bool = False) -> LLM:
+         collective: str = 'auto', share_gpu: bool = False, cuda_graphs: str = 'off', session=None, group=None,
+         tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
     it sees besides (Xiao et al. 2024).  threads: per rank, None for a fair share of the cores.  kv: 'float32' or
     'bfloat16' for the KV cache; None is bfloat16 with int8 and int4 weights, which it costs nothing (data/quality.py), and
     float32 otherwise.  verify: check the file's checksums.
-    weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, as in the file by default.  kernels: 'cpu' (Numba),
-    'reference' (NumPy), or 'auto'.  activations: 'bfloat16' or 'int8', what the kernels may round them to where
-    they meet bfloat16, or int8 and int4, weights.
+    weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, or 'float16' on a GPU; as in the file by default.  kernels:
+    'cpu' (Numba), 'reference' (NumPy), or 'auto'.  activations: 'bfloat16' or 'int8', what the kernels may round them to
+    where they meet bfloat16, or int8 and int4, weights.
     share_prefixes: prompts that begin alike are computed once.  collective: 'mpi', 'staged', 'nccl' or 'auto', how sums of
-    GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  group: the communicator of
+    GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  cuda_graphs:
+    'off' launches a GPU's kernels one by one, 'auto' those of a step of decode together.  group: the communicator of
     the ranks that share this copy of the model, where not all of the session's ranks do.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
@@ -125,7 +127,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     def open_all():
         run = RunConfig(context, chunk, block, share_prefixes, kv_dtype='float32' if kv is None else kv, device=device,
                         verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks,
-                        collective=collective, share_gpu=share_gpu)
+                        collective=collective, share_gpu=share_gpu,
+                        cuda_graphs='off' if tracing else cuda_graphs)  # the tracer waits for each kernel
         reader = CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')
@@ -195,7 +198,7 @@ def _check_memory(opened, sharers: int, reader, part, run: RunConfig) -> None:
     from tpmpi.footprint import cache_bytes, shard_bytes, workspace_bytes
     free = opened.free_bytes()
     if free is not None:
-        parts = {'weights': shard_bytes(reader, part, run.weights),
+        parts = {'weights': shard_bytes(reader, part, run.weights, float16=True),
                  'cache': cache_bytes(reader.config, part, run.context, run.chunk, run.block, run.kv_dtype, run.sinks),
                  'workspace': workspace_bytes(reader.config, part, run.chunk)}
         check_memory(sum(parts.values()), free // sharers, opened.name, parts)
@@ -266,6 +269,9 @@ def _choose_kernels(session, run: RunConfig, device):
             raise ConfigError(f'kernels {run.kernels}: the device is {device.name}; choose device cpu, or leave kernels out')
         from tpmpi.kernels.cuda import Kernels
         return Kernels(device.xp, run.activations)
+    if run.weights == 'float16':
+        raise ConfigError('weights float16: only a GPU computes with it; choose bfloat16, or leave weights out: a file of '
+                          'float16 is then float32 in memory, without loss')
     if run.kernels == 'reference':
         return reference
     try:

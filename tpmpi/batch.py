@@ -18,7 +18,7 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, DEVICES, KERNELS, KV_DTYPES, STORED_KINDS, ConfigError
 
 STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
@@ -72,12 +72,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--context', type=int, metavar='N', help='attention sees the last N tokens, older ones roll off')
     p.add_argument('--sinks', type=int, default=0, metavar='N', help='and the first N tokens besides, however long the text')
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
-    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--weights', choices=STORED_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=ACTIVATION_DTYPES)
     p.add_argument('--kernels', default='auto', choices=KERNELS)
     p.add_argument('--device', default='auto', choices=DEVICES)
     p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='off', help='auto: launch kernels of a GPU together')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
     p.add_argument('--time-limit', type=seconds, metavar='TIME', help='stop in time to be started again: seconds, or H:M:S')
@@ -167,7 +168,8 @@ def load(s: session.Session, options: argparse.Namespace):
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
                    chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
                    activations=options.activations, share_prefixes=not options.no_prefix_sharing,
-                   collective=options.collective, share_gpu=options.share_gpu, session=s, group=group)
+                   collective=options.collective, share_gpu=options.share_gpu,
+                   cuda_graphs=options.cuda_graphs, session=s, group=group)
     return llm, group, replica
 
 

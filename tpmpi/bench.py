@@ -1,7 +1,8 @@
 """Measure how fast a model runs, and how near to the memory's limit:  mpirun -n 2 python -m tpmpi.bench --model model.h5
 
 A round is the prefill of a batch of random prompts, each by itself, and the decode of all of them together.  Medians of
-the rounds are set beside the rate at which the same cores, all ranks at once, can read memory.
+the rounds are set beside the rate at which the same cores, all ranks at once, can read memory; of GPUs beside the rate at
+which they copy a large buffer, read and written, by their own clocks.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, DEVICES, KERNELS, KV_DTYPES, WEIGHT_KINDS, ConfigError
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, DEVICES, KERNELS, KV_DTYPES, STORED_KINDS, ConfigError
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 STREAM_TOTAL = 1 << 30  # bytes that all ranks together stream at least: far more than their caches hold
 STREAM_MOST = 4 << 30  # bytes that one rank streams at most: more would show nothing new, and may not be there
 STREAM_PASSES = 5
+SUMS = 50  # all-reduces that are timed alone
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Round:
     decode_seconds: float
     all_reduce_seconds: float  # in decode
     all_reduce_bytes: int  # in decode
+    launches: int  # in decode, of a GPU's kernels
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -46,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--new-tokens', type=int, default=NEW_TOKENS, metavar='N', help=f'steps of decode (default: {NEW_TOKENS})')
     p.add_argument('--batch', type=int, default=1, metavar='N', help='sequences that are decoded together (default: 1)')
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='rounds, after one to warm up (default: 3)')
-    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--weights', choices=STORED_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--kernels', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')
     p.add_argument('--activations', choices=ACTIVATION_DTYPES, help='what they may be rounded to (see tpmpi.run)')
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
@@ -54,6 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--device', choices=DEVICES)
     p.add_argument('--collective', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', default=None, help='several ranks may compute on one GPU')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, help='auto: launch kernels of a GPU together (default: off)')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--json', action='store_true', help='one JSON object instead of the table')
     options = p.parse_args(argv)
@@ -94,6 +98,7 @@ class Batch:
             free = int(ends[-1])
         self.cache = KVCache(model.config, model.shard, model.groups, free, run.block, engine.ops, run.kv_dtype,
                              engine.device.xp)
+        self.layers = engine.layers_of_a_cache()
 
 
 def run_round(engine, batch: Batch) -> Round:
@@ -110,21 +115,21 @@ def run_round(engine, batch: Batch) -> Round:
         for at in range(0, depth, chunk):
             part = prompt[at:at + chunk]
             step = Step.of(part, *((ring.segment(0, at, len(part), depth),) for ring in rings))
-            hidden = forward(step, model, batch.cache, ops, comm)
+            hidden = forward(step, model, batch.cache, ops, comm, batch.layers)
         firsts.append(best_tokens(hidden[-1:], engine))
     tokens = [np.concatenate(firsts)]  # each [batch]
     prefill_seconds = perf_counter() - start
 
     engine.on_phase('decode')
     traffic = comm.traffic['all_reduce']
-    seconds, nbytes, start = traffic.seconds, traffic.bytes, perf_counter()
+    seconds, nbytes, launches, start = traffic.seconds, traffic.bytes, getattr(ops, 'launches', 0), perf_counter()
     for position in range(depth, depth + batch.new_tokens):
         segments = [[ring.segment(row, position, 1) for ring in rings] for row, rings in enumerate(batch.rings)]
         step = Step.of(tokens[-1], *zip(*segments, strict=True))
-        tokens.append(best_tokens(forward(step, model, batch.cache, ops, comm), engine))
+        tokens.append(best_tokens(forward(step, model, batch.cache, ops, comm, batch.layers), engine))
     decode_seconds = perf_counter() - start
     return Round(np.stack(tokens, axis=1).tolist(), prefill_seconds, decode_seconds,
-                 traffic.seconds - seconds, traffic.bytes - nbytes)
+                 traffic.seconds - seconds, traffic.bytes - nbytes, getattr(ops, 'launches', 0) - launches)
 
 
 def best_tokens(hidden, engine):
@@ -132,12 +137,12 @@ def best_tokens(hidden, engine):
     import numpy as np
 
     from tpmpi.model import logits
+    from tpmpi.sampling import most_probable
     comm, vocab = engine.comm, engine.model.shard.vocab
     mine = np.full((len(hidden), 2), -np.inf)  # of each row this rank's largest logit, and whose it is
     if len(vocab):
-        local = engine.device.to_host(logits(hidden, engine.model, engine.ops))  # [rows, vocab/n]
-        best = local.argmax(axis=-1)
-        mine[:, 0], mine[:, 1] = local[np.arange(len(local)), best], best + vocab.start
+        _, mine[:, 0], best = most_probable(logits(hidden, engine.model, engine.ops), engine.ops)
+        mine[:, 1] = best + vocab.start
     everyone = np.empty((comm.size, *mine.shape)) if comm.rank == 0 else None
     comm.gather(mine, everyone)
     chosen = np.empty(len(mine), np.int64)
@@ -164,6 +169,40 @@ def stream_buffer(weight_bytes: int, ranks: int):
     """What a rank streams: as many bytes as its weights have, within limits, and written to, so that they exist."""
     import numpy as np
     return np.ones(min(max(weight_bytes, STREAM_TOTAL // ranks), STREAM_MOST) // 4, np.float32)
+
+
+def copy_buffers(device, weight_bytes: int, ranks: int) -> tuple:
+    """What a rank copies on its GPU, and where to: as large as a CPU's buffer, where memory is left for both."""
+    size = min(max(weight_bytes, STREAM_TOTAL // ranks), STREAM_MOST, device.free_bytes() // 16) // 4
+    return device.xp.ones(size, device.xp.float32), device.xp.empty(size, device.xp.float32)
+
+
+def copy_seconds(comm, device, source, target) -> list[float]:
+    """This rank's times, by events of its stream, for copying one buffer to the other, in passes that all begin together."""
+    times, cuda = [], device.xp.cuda
+    for _ in range(STREAM_PASSES + 1):
+        begin, end = cuda.Event(), cuda.Event()
+        device.synchronize()
+        comm.exchange(None)
+        begin.record(device.stream)
+        device.xp.copyto(target, source)
+        end.record(device.stream)
+        end.synchronize()
+        times.append(cuda.get_elapsed_time(begin, end) / 1e3)
+    return times[1:]
+
+
+def sum_seconds(engine, rows: int) -> float:
+    """This rank's median time for one all-reduce of what a layer of such a step sums, with nothing else under way."""
+    device, times = engine.device, []
+    x = device.xp.zeros((rows, engine.model.config.hidden_size), device.xp.float32)
+    for _ in range(SUMS + 1):
+        device.synchronize()
+        start = perf_counter()
+        engine.comm.all_reduce(x)
+        device.synchronize()
+        times.append(perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def stream_seconds(comm, buffer, read) -> list[float]:
@@ -196,11 +235,22 @@ def measure(llm: api.LLM, options: argparse.Namespace) -> dict:
     step = per_round(lambda ranks: max(r.decode_seconds for r in ranks)) / options.new_tokens
     weights = comm.exchange(model.bytes_per_token)
     engine.on_phase('stream')
-    buffer = llm.session.agreed(stream_buffer, model.bytes_per_token, comm.size)
-    read = getattr(engine.ops, 'stream', None) or partial(read_all, threads=llm.session.threads)
-    passes = zip(*comm.exchange(stream_seconds(comm, buffer, read)), strict=True)
-    stream = sum(comm.exchange(buffer.nbytes)) / statistics.median(max(ranks) for ranks in passes)
-    return {
+    if engine.device.gpu is None:
+        buffer = llm.session.agreed(stream_buffer, model.bytes_per_token, comm.size)
+        read = getattr(engine.ops, 'stream', None) or partial(read_all, threads=llm.session.threads)
+        moved, times = buffer.nbytes, stream_seconds(comm, buffer, read)
+    else:
+        buffers = llm.session.agreed(copy_buffers, engine.device, model.bytes_per_token, comm.size)
+        moved, times = 2 * buffers[0].nbytes, copy_seconds(comm, engine.device, *buffers)  # read and written
+    everyone = comm.exchange((moved, times))
+    passes = zip(*(times for _, times in everyone), strict=True)
+    stream = sum(moved for moved, _ in everyone) / statistics.median(max(ranks) for ranks in passes)
+    of_gpus = {} if engine.device.gpu is None else {
+        'copy_gb_per_s_by_rank': [round(moved / statistics.median(times) / 1e9, 3) for moved, times in everyone],
+        'launches_per_token': round(rounds[0].launches / decoded, 3),
+        'collective': 'none' if comm.size == 1 else comm.carrier.name,
+        'allreduce_us_alone': 0.0 if comm.size == 1 else round(1e6 * max(comm.exchange(sum_seconds(engine, options.batch))), 3)}
+    return of_gpus | {
         'prefill_tokens_per_s': round(options.batch * depth / per_round(lambda ranks: max(r.prefill_seconds for r in ranks)), 3),
         'decode_tokens_per_s': round(options.batch / step, 3),
         'weights_gb_per_s': round(sum(weights) / step / 1e9, 3),
@@ -240,7 +290,7 @@ def table(f: dict) -> str:
     memory = ' '.join(f'{m:,.0f}' for m in f['peak_rss_mb'])
     sequences, depth = f'{f["batch"]} sequence' + 's' * (f['batch'] > 1), f['prompt_tokens']
     rows = {
-        'machine': f['machine'],
+        'machine': f['machine'] + (f', {f["device"]}' if 'collective' in f else ''),
         'run': f'{f["model"]}, {f["weights"]} weights, {f["kernels"]} kernels, {f["ranks"]} rank{"s" * (f["ranks"] > 1)} x '
                f'{f["threads"]} thread{"s" * (f["threads"] > 1)}, loaded in {f["load_seconds"]:.1f} s',
         'prefill': f'{f["prefill_tokens_per_s"]:,.1f} tokens/s  ({sequences} of {depth} tokens)',
@@ -249,12 +299,16 @@ def table(f: dict) -> str:
         'memory allows': f'{f["stream_gb_per_s"]:.1f} GB/s, of which decode reaches {f["bandwidth_fraction"]:.0%}',
         'all-reduce': f'{f["allreduce_us_per_token"]:,.0f} us and {f["allreduce_bytes_per_token"]:,} bytes per token',
         'peak memory': f'{memory} MB  (by rank)'}
+    if 'collective' in f:
+        rows['memory allows'] += '  (copies, read and written)'
+        rows['all-reduce'] += f' by {f["collective"]}, each {f["allreduce_us_alone"]:,.0f} us with nothing else under way'
+        rows['launches'] = f'{f["launches_per_token"]:,.1f} per token'
     return '\n'.join(f'{name:<14} {text}' for name, text in rows.items())
 
 
 def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, measure, print."""
-    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu')
+    names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu', 'cuda_graphs')
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
     start = perf_counter()
     llm = api.load(options.model, session=s, **chosen)

@@ -25,6 +25,7 @@ from tpmpi.file_layout import (
     FILE_TYPES,
     FORMAT,
     FORMAT_VERSIONS,
+    KINDS_OF_VERSION_1,
     MAX_TEXT,
     CheckpointError,
     Part,
@@ -158,7 +159,7 @@ class CheckpointReader:
         return self.file.id.links.exists(path.encode())
 
     def kind(self, name: str) -> str:
-        """How a tensor is stored: one of weights.WEIGHT_KINDS."""
+        """How a tensor is stored: one of weights.STORED_KINDS."""
         with self._damage_is_an_error():
             return self._checked(self.specs[name])[0]
 
@@ -169,7 +170,7 @@ class CheckpointReader:
         return self._tensors[spec.name]
 
     def _check(self, spec: TensorSpec) -> tuple[str, dict[str, tuple[Part, h5py.Dataset]]]:
-        first, known = self._dataset(spec.name), [k for k in FILE_TYPES if k not in GROUP_PARTS or self.version > 1]
+        first, known = self._dataset(spec.name), [k for k in FILE_TYPES if k in KINDS_OF_VERSION_1 or self.version > 1]
         kind = next((k for k in known if first.id.get_type() == FILE_TYPES[k]), None)
         if kind is None:
             raise CheckpointError(f'{self.path}: tensor {spec.name} is stored as {first.dtype}; '

@@ -24,6 +24,7 @@ from tpmpi.file_layout import (
     ABOUT,
     ABOUT_VERSION_2,
     FORMAT,
+    KINDS_OF_VERSION_1,
     CheckpointError,
     Part,
     TokenizerData,
@@ -34,7 +35,7 @@ from tpmpi.file_layout import (
     tensor_parts,
 )
 from tpmpi.sharding import tensor_specs
-from tpmpi.weights import GROUP_PARTS, Stored
+from tpmpi.weights import Stored
 
 SYNC_SECONDS = 1.0  # between two waits for the disk: about what a crash costs
 
@@ -162,7 +163,7 @@ class CheckpointWriter:
 
     def _describe_model(self, config: ModelConfig, tokenizer: TokenizerData, provenance: Mapping[str, str],
                         sources: Mapping[str, str]):
-        version = 2 if any(kind in GROUP_PARTS for kind in self.kinds.values()) else 1
+        version = 1 if set(self.kinds.values()) <= set(KINDS_OF_VERSION_1) else 2
         self.file.attrs.update({'format': np.bytes_(FORMAT), 'format_version': version})
         for key, value in provenance.items():
             self.file.attrs[f'provenance_{key}'] = np.bytes_(value.encode() or b' ')

@@ -145,6 +145,8 @@ def check_host(asked: str) -> None:
 class Direct:
     """MPI takes the GPU's memory."""
 
+    name = 'mpi'
+
     def __init__(self, stream):
         self.stream = stream
 
@@ -163,6 +165,8 @@ class Staged:
     One wait for each sum is enough: it is after the copy out, which the stream begins when the copy in before it, out of the
     same buffer, has ended.
     """
+
+    name = 'staged'
 
     def __init__(self, xp, stream, nbytes: int):
         self.xp, self.stream = xp, stream
@@ -194,6 +198,8 @@ class Staged:
 
 class Nccl:
     """NCCL on the stream of all other work.  Made by all ranks of a group together, each with its GPU chosen before."""
+
+    name = 'nccl'
 
     def __init__(self, nccl, size: int, unique_id, rank: int, stream):
         self.stream, self.kind, self.operation = stream, nccl.NCCL_FLOAT32, nccl.NCCL_SUM

@@ -12,7 +12,8 @@ KV_DTYPES = ('float32', 'bfloat16')
 ACTIVATION_DTYPES = ('float32', 'bfloat16', 'int8')
 DEVICES = ('auto', 'cpu', 'cuda')
 COLLECTIVES = ('auto', 'mpi', 'staged', 'nccl')
-WEIGHT_KINDS = ('float32', 'bfloat16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
+CUDA_GRAPHS = ('auto', 'off')
+STORED_KINDS = ('float32', 'bfloat16', 'float16', 'int8', 'int4')  # as weights.py has them, which needs NumPy
 KERNELS = ('auto', 'cpu', 'reference')
 
 VOCAB_BLOCK = 64  # rows of the vocabulary that stay together on a rank
@@ -258,6 +259,7 @@ class RunConfig:
     sinks: int = 0  # first tokens that attention sees besides the context
     collective: str = 'auto'  # how an all-reduce of GPU memory is carried: see collectives.py
     share_gpu: bool = False  # several ranks may compute on one GPU
+    cuda_graphs: str = 'off'  # until they have run on hardware; auto: steps of decode by graphs where these can be captured
 
     def __post_init__(self):
         for name, low, high in (('chunk', 1, 1 << 16), ('block', 1, 1 << 16)):
@@ -271,7 +273,8 @@ class RunConfig:
         if self.sinks and self.context is None:
             raise ConfigError(f'sinks is {self.sinks}; they need a context that rolls (--context N)')
         for name, kinds in (('kv_dtype', KV_DTYPES), ('device', DEVICES), ('kernels', KERNELS),
-                            ('activations', ACTIVATION_DTYPES), ('collective', COLLECTIVES), ('weights', (None, *WEIGHT_KINDS))):
+                            ('activations', ACTIVATION_DTYPES), ('collective', COLLECTIVES), ('weights', (None, *STORED_KINDS)),
+                            ('cuda_graphs', CUDA_GRAPHS)):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint to a model file:  python -m tpmpi.convert SOURCE OUT.h5 [--weights float32|bfloat16|int8|int4]
+"""Convert a checkpoint to a model file:  python -m tpmpi.convert SOURCE OUT.h5 [--weights float32|bfloat16|float16|int8|int4]
 
 SOURCE is a Hugging Face folder, a .gguf file, or the name of a repository on the Hugging Face Hub.  Without --weights nothing
 is rounded.  One tensor is in memory at a time.  One process is enough: the file serves any number of ranks.
@@ -25,7 +25,7 @@ from tpmpi.checkpoint_writer import unfinished_bytes, unfinished_tensors
 from tpmpi.formats import Checkpoint, TensorSource, open_checkpoint
 from tpmpi.formats.hub import locate
 from tpmpi.sharding import TensorSpec, target_kind, tensor_specs
-from tpmpi.weights import WEIGHT_KINDS, Stored, encode, part_shapes, transpose
+from tpmpi.weights import STORED_KINDS, Stored, encode, part_shapes, transpose
 
 STOPPED = 75  # exit code of a conversion that can go on, as of tpmpi.batch: EX_TEMPFAIL of sysexits.h
 WEIGHTS_FILE = re.compile(r'.*?\.(safetensors|gguf)(?=: )')  # of the origin of a tensor
@@ -73,8 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    'file, or org/name or org/name:FILE.gguf of the Hugging Face Hub, which goes through its cache (HF_HOME, '
                    'HF_TOKEN, HF_HUB_OFFLINE); a path that exists goes first, ./org/name is always a path')
     p.add_argument('out', type=Path, metavar='OUT.h5', help='model file to write')
-    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the stored matrices (default: the smallest that holds '
-                   "each without loss: int4 and int8 for GGUF's Q4_0, Q4_1, Q5_0 and Q8_0, bfloat16 for bfloat16, else float32)")
+    p.add_argument('--weights', choices=STORED_KINDS, help='kind of the stored matrices (default: the smallest that holds '
+                   "each without loss: int4 and int8 for GGUF's Q4_0, Q4_1, Q5_0 and Q8_0, bfloat16 and float16 for these, "
+                   'else float32)')
     p.add_argument('--revision', metavar='REV', help="branch, tag or commit of the Hub's repository (default: main)")
     p.add_argument('--gguf', metavar='FILE', help='the GGUF file to take of a repository or folder with several')
     p.add_argument('--resume', action='store_true', help='go on with an interrupted conversion of the same source to the same '
@@ -89,7 +90,7 @@ def plan(checkpoint: Checkpoint, asked: str | None) -> dict[str, Change]:
     for name, spec in tensor_specs(checkpoint.config).items():
         source = checkpoint.tensors[name]
         wanted = asked or source.exact_kinds[0]
-        kind = target_kind(spec, source.exact_kinds[0], asked)
+        kind = target_kind(spec, source.exact_kinds[0], asked, float16=True)
         changes[name] = Change(spec, source, kind, wanted if spec.is_matrix and kind != wanted else '')
     return changes
 

@@ -14,6 +14,7 @@ from typing import Any
 
 # of NVIDIA's drivers: for servers, for Windows' subsystem for Linux, for Jetson
 DRIVER_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/nvhost-ctrl-gpu', '/dev/nvhost-gpu')
+NULL_STREAMS = (0, 1)  # there from the start, and not to be captured in a graph
 MOST_LINES = 16  # of the table of ranks; more ranks than that are told by their hosts
 PACKAGES = '"tpmpi[cuda12]" or "tpmpi[cuda13]"'
 ERRORS = {  # of a GPU at work, by the name that CUDA gives without its prefix: what it means, what to do
@@ -150,7 +151,11 @@ def open_gpu(gpus: Sequence[Gpu], number: int) -> Device:
         cupy.cuda.Device(number).use()
         x = cupy.ones((2, 2), cupy.float32)
         (x @ x).get()  # compiled by NVRTC, multiplied by cuBLAS
-        return Device(f'cuda:{number} {gpus[number].name}', cupy, gpus[number], cupy.cuda.get_current_stream())
+        stream = cupy.cuda.get_current_stream()
+        if stream.ptr in NULL_STREAMS:  # else of a model that was loaded before, and both go on with it
+            stream = cupy.cuda.Stream()
+            stream.use()
+        return Device(f'cuda:{number} {gpus[number].name}', cupy, gpus[number], stream)
 
 
 def ranks_on(placed: Sequence[tuple[str, Gpu]], rank: int, share: bool = False) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from tpmpi.config import ConfigError, RunConfig
 from tpmpi.footprint import LOGIT_ROWS
 from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks, rings_blocks
-from tpmpi.model import ModelShard, Step, forward, logits
+from tpmpi.model import ModelShard, Step, all_layers, forward, logits
 from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
 from tpmpi.tokenizer import StreamDecoder
@@ -122,6 +122,7 @@ class Engine:
         self.sampler = Sampler(model.shard.vocab, model.config.vocab_size, ops, comm)
         self.leads = comm.rank == 0
         self.cache: KVCache | None = None
+        self.layers: Callable | None = None  # what computes those of a step on this cache
         self.scheduler: Scheduler | None = None  # on rank 0
         self.running: dict[int, Running] = {}
         self.requests: dict[int, tuple[Request, Sequence]] = {}  # on rank 0: those that wait or run
@@ -132,13 +133,21 @@ class Engine:
         """The cache, for all requests to come; a collective call, while none runs."""
         assert not self.running
         model, run = self.model, self.run
-        self.cache = None
+        self.cache = self.layers = None
         self.cache = KVCache(model.config, model.shard, model.groups, num_blocks, run.block, self.ops, run.kv_dtype,
                              self.device.xp)
+        self.layers = self.layers_of_a_cache()
         if self.leads:
             copying = run.block % getattr(self.ops, 'SLOTS_TOGETHER', 1) == 0
             self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.groups,
                                        copying, self._stretched)
+
+    def layers_of_a_cache(self) -> Callable:
+        """What computes all layers of steps on one cache: on a GPU by graphs, unless these are off."""
+        if self.device.gpu is None or self.run.cuda_graphs == 'off':
+            return all_layers
+        from tpmpi.graphs import Graphs
+        return Graphs(self.device)
 
     # ---- requests, on rank 0
 
@@ -248,7 +257,7 @@ class Engine:
         phase = 'prefill' if 2 * of_prompts > at else 'decode'
         self.on_phase(phase)
         step = Step.of(np.array(tokens, np.int64), *zip(*segments, strict=True))
-        hidden = forward(step, self.model, self.cache, self.ops, self.comm)
+        hidden = forward(step, self.model, self.cache, self.ops, self.comm, self.layers)
         for row, work in scored:
             self._score(hidden, row, work)
         for work in plan.work:
@@ -258,13 +267,14 @@ class Engine:
         self._keep_embeddings(hidden, last_rows)
         drawn = [(row, number) for row, number in last_rows if self.running[number].params.max_new_tokens]
         if drawn:
-            local = self.device.to_host(logits(hidden[[row for row, _ in drawn]], self.model, self.ops))  # [rows, vocab/n]
-            start = perf_counter()
+            rows = [row for row, _ in drawn]
+            last = hidden if rows == list(range(len(hidden))) else hidden[rows]  # in decode no copy
+            local, start = logits(last, self.model, self.ops), perf_counter()  # [rows, vocab/n]
             draws = [Draw(s.params, s.noise, s.tokens) for s in (self.running[number] for _, number in drawn)]
             choices = self.sampler.choose(local, draws)
             for (_, number), choice in zip(drawn, choices or (), strict=False):  # rank 0
                 self._choose(number, choice)
-            self.seconds['sampling'] += perf_counter() - start
+            self.seconds['sampling'] += perf_counter() - start - self.sampler.waited
         if self.leads:
             for _, number in last_rows:
                 request = self.requests[number][0]
@@ -306,7 +316,7 @@ class Engine:
         targets = np.array(sequence.tokens[start:min(start + work.count, sequence.prompt_tokens)], np.int64)
         for at in range(0, len(targets), LOGIT_ROWS):
             part = targets[at:at + LOGIT_ROWS]
-            local = self.device.to_host(logits(hidden[row + at:row + at + len(part)], self.model, self.ops))
+            local = logits(hidden[row + at:row + at + len(part)], self.model, self.ops)
             scores.append(token_logprobs(local, self.model.shard.vocab, part, self.ops, self.comm))
         if self.leads:
             request = self.requests[work.number][0]

@@ -16,7 +16,8 @@ import numpy as np
 from tpmpi.sharding import TensorSpec
 from tpmpi.weights import FORMULAS, GROUP, GROUP_PARTS, part_shapes
 
-FORMAT, FORMAT_VERSIONS = 'tpmpi model', (1, 2)  # 2 where a matrix is of integers
+FORMAT, FORMAT_VERSIONS = 'tpmpi model', (1, 2)  # 2 where a matrix is of another kind than these
+KINDS_OF_VERSION_1 = ('float32', 'bfloat16')
 ABOUT = """\
 A transformer language model for tpmpi, format version {}: whole tensors, for any number of ranks.
 A matrix is stored with the axis first by which ranks split it: a rank's rows are one contiguous run.  So attn_out and
@@ -24,7 +25,8 @@ down are [in, out], all others [out, in].  RoPE turns the pairs (i, i + n/2) of 
 rotary_dim, or head_dim where that is 0.  Gains of norms are as they multiply.
 A 16-bit floating-point type is bfloat16, the upper half of an IEEE single.  crc32: zlib's, of each crc32_rows rows."""
 ABOUT_VERSION_2 = f"""
-Version 2 adds matrices of integers q, of 8 or 4 bits, in groups of {GROUP} along the contraction axis (attribute group_axis: 0,
+Version 2 adds matrices of IEEE half, whose comments say so, and matrices of integers q,
+of 8 or 4 bits, in groups of {GROUP} along the contraction axis (attribute group_axis: 0,
 the rows, of attn_out and down, 1, the columns, of all others).  A group has a scale, with 4 bits also an offset, in the
 datasets beside, NAME.scale and NAME.offset; their 16-bit floating-point type is IEEE half.  The comments give the formulas."""
 ALL_GROUP_PARTS = GROUP_PARTS['int4']
@@ -45,8 +47,8 @@ def bfloat16_type() -> h5py.h5t.TypeID:
     return t
 
 
-FILE_TYPES = {'float32': h5py.h5t.IEEE_F32LE, 'bfloat16': bfloat16_type(), 'int8': h5py.h5t.STD_I8LE,
-              'int4': h5py.h5t.STD_U8LE}
+FILE_TYPES = {'float32': h5py.h5t.IEEE_F32LE, 'bfloat16': bfloat16_type(), 'float16': h5py.h5t.IEEE_F16LE,
+              'int8': h5py.h5t.STD_I8LE, 'int4': h5py.h5t.STD_U8LE}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def tensor_parts(spec: TensorSpec, kind: str) -> dict[str, Part]:
 def part_meaning(spec: TensorSpec, kind: str, part: str) -> str:
     """What a stranger must know to decode a dataset."""
     if kind not in GROUP_PARTS:
-        return spec.meaning
+        return spec.meaning + '; IEEE half' * (kind == 'float16')
     leaf, last = spec.name.rpartition('/')[2], GROUP - 1
     if part != 'data':
         run = f'{GROUP}i to {GROUP}i+{last}, j' if spec.transposed else f'i, {GROUP}j to {GROUP}j+{last}'

@@ -12,14 +12,15 @@ LOGIT_ROWS = 32  # prompt positions whose logits exist at once when the prompt i
 LIBRARIES = 256 << 20  # bytes: cuBLAS' workspace, the kernels' code, a run of unpacked weights
 
 
-def shard_bytes(reader, shard: Shard, weights: str | None = None) -> int:
+def shard_bytes(reader, shard: Shard, weights: str | None = None, float16: bool = False) -> int:
     """Bytes of the matrices that a rank holds, each in the kind that load_model gives it.
 
-    Vectors are not counted, nor how kernels fill up rows: together less than a hundredth.  reader, weights: load_model's.
+    Vectors are not counted, nor how kernels fill up rows: together less than a hundredth.  reader, weights: load_model's;
+    float16: sharding.target_kind's.
     """
     config = reader.config
     specs = {name: spec for name, spec in tensor_specs(config).items() if spec.is_matrix}
-    kinds = {name: target_kind(spec, reader.kind(name), weights) for name, spec in specs.items()}
+    kinds = {name: target_kind(spec, reader.kind(name), weights, float16) for name, spec in specs.items()}
     for layer in filter(config.has_experts, range(config.num_layers)):
         for parts in (('gate', 'up'), ('down',)):
             names = [f'layers/{layer}/experts/{i}/{part}' for i in range(config.num_experts) for part in parts]

@@ -7,7 +7,8 @@ lines that say `comm.all_reduce`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Step:
     positions: np.ndarray  # [tokens] each one's place in its request
     segments: tuple[tuple[Segment, ...], ...]  # which rows belong together, for each group of layers
     slots: tuple[np.ndarray, ...]  # [tokens] where K and V go, for each group of layers
+    growth: np.ndarray | None = None  # [tokens] how much larger the scores of queries are, where the model lets them grow
+    counts: list | None = None  # of each mixture, the ranks that chose each expert, where the host would wait for a look at it
 
     @staticmethod
     def of(tokens: np.ndarray, *segments: tuple[Segment, ...]) -> Step:
@@ -38,8 +41,25 @@ class Step:
         return np.maximum(known, self.positions + 1)
 
 
-def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm):
-    """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank."""
+def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm, layers: Callable | None = None):
+    """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank.
+
+    layers: what computes them, for kernels of a device; `all_layers` by default.
+    """
+    if model.config.query_growth:
+        step = replace(step, growth=grown(step.positions, model.config))
+    if not hasattr(ops, 'upload'):
+        return all_layers(step, model, cache, ops, comm)
+    ops.upload(step, model)  # to a device goes what the host has decided, in one copy
+    quick = replace(step, counts=[])
+    hidden = (layers or all_layers)(quick, model, cache, ops, comm)
+    if quick.counts and differ(ops.namespace(hidden).concatenate(quick.counts), comm.size).any().item():
+        return all_layers(step, model, cache, ops, comm)  # once more, to the same slots; a look in each layer would cost more
+    return hidden
+
+
+def all_layers(step: Step, model: ModelShard, cache: KVCache, ops, comm):
+    """The embedding and every layer.  Returns the hidden states before the head, [tokens, hidden], on every rank."""
     config = model.config
     x = ops.embed(step.tokens, model.embedding, model.shard.vocab)  # [tokens, hidden], zeros where others own the token
     if model.position_embedding is not None:
@@ -67,7 +87,7 @@ def decoder_layer(x, a, layer: LayerShard, cache: LayerCache, step: Step, rope, 
     c = biased(c, layer.attn_out.bias)
     x, a = added(x, norm(c, layer.attn_post_norm, config, ops), layer.mlp_norm, config, ops)
     if isinstance(layer.mlp, Experts):
-        e = mixture(a, layer.mlp, config, ops, comm)  # E, whole
+        e = mixture(a, layer.mlp, step, config, ops, comm)  # E, whole
     else:
         e = mlp(a, layer.mlp, config, ops, comm.room(a.shape))  # E, this rank's part
         comm.all_reduce(e)  # E, whole
@@ -92,8 +112,8 @@ def attention(a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: 
     if config.qk_norm != 'none':
         qk_norm(qkv, layer, model, ops, comm)
     q = ops.rope_append(qkv, heads, config.head_dim, rope, cache, step.slots[layer.group])  # Q turned; K, V into the ring
-    if config.query_growth:
-        q *= ops.asarray(grown(step.positions, config))[:, None, None]
+    if step.growth is not None:
+        q *= ops.asarray(step.growth)[:, None, None]
     b = ops.attend(q, cache, model.query_groups, step.segments[layer.group], group.window, config.scores_scale,
                    config.attention_softcap, group.sinks)  # B  [tokens, heads/n * head_dim]
     return ops.linear(b, layer.attn_out.weight, comm.room(a.shape))  # C, partial
@@ -131,27 +151,38 @@ def mlp(a, weights: MLP, config: ModelConfig, ops, room=None):
     return ops.linear(d, weights.down.weight, room)  # E, partial
 
 
-def mixture(a, weights: Experts, config: ModelConfig, ops, comm):
+def mixture(a, weights: Experts, step: Step, config: ModelConfig, ops, comm):
     """The experts that each token is sent to, and the shared one.  [tokens, hidden] -> [tokens, hidden], E, whole.
 
-    Every rank chooses by itself, and computes its columns of each chosen expert.  CPUs of different kinds can differ in
-    the last bit and so in a choice; the all-reduce of E counts the choices, too, and where not all agree rank 0's counts.
+    Every rank chooses by itself, and computes its columns of each chosen expert.  CPUs or GPUs of different kinds can differ
+    in the last bit and so in a choice; the all-reduce of E counts the choices, too, and where not all agree rank 0's counts.
+    step.counts: where they are noted, for a look at the end of the step, and not acted upon.
     """
     xp, hidden = ops.namespace(a), a.shape[1]
     scores = ops.linear(a, weights.router)  # [tokens, experts]
     choice, shares = ops.route(scores, config.experts_per_token, config.normalize_experts)  # [tokens, k] both
     parts = expert_parts(a, choice, shares, weights, config, ops)  # E, this rank's part, and choices
     comm.all_reduce(parts)  # E, whole, and how many ranks chose each expert
-    counts = parts[:, hidden:]
-    rows = xp.flatnonzero(((counts != 0) & (counts != comm.size)).any(axis=1))  # the same on every rank, as the sums are
+    whole, counts = xp.ascontiguousarray(parts[:, :hidden]), parts[:, hidden:]
+    if comm.size == 1:
+        return whole
+    if step.counts is not None:
+        step.counts.append(counts.copy())  # and not a view, which would keep E
+        return whole
+    rows = xp.flatnonzero(differ(counts, comm.size).any(axis=1))  # the same on every rank, as the sums are
     if len(rows):
         agreed = choice[rows], shares[rows]
         for array in agreed:
             comm.broadcast(array)
         again = expert_parts(a[rows], *agreed, weights, config, ops)
         comm.all_reduce(again)  # E of the tokens in dispute
-        parts[rows] = again
-    return xp.ascontiguousarray(parts[:, :hidden])
+        whole[rows] = again[:, :hidden]
+    return whole
+
+
+def differ(counts, ranks: int):
+    """Where some ranks chose an expert and others did not.  [tokens, experts], how many did -> the same shape"""
+    return (counts != 0) & (counts != ranks)
 
 
 def expert_parts(a, choice, shares, weights: Experts, config: ModelConfig, ops):

@@ -115,7 +115,7 @@ class ModelShard:
 
 
 def matrix_kinds(reader, weights: str | None = None) -> set[str]:
-    """The kinds that a model's matrices have in memory; the arguments are load_model's."""
+    """The kinds that a model's matrices have in a CPU's memory; the arguments are load_model's."""
     specs = tensor_specs(reader.config).values()
     return {target_kind(spec, reader.kind(spec.name), weights) for spec in specs if spec.is_matrix}
 
@@ -130,16 +130,20 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
     """Read this rank's rows of every tensor straight into the kernels' layout.
 
     reader: a model file that is open (its `config`, `kind(name)` and `read_rows(name, rows, verify)`).
+    ops: the kernels; where they have no FLOAT16, matrices of float16 become float32, without loss.
     context: positions that attention sees, at most; None sees all that the model sees.
     sinks: first tokens that it sees besides, where the context is what limits it.
     weights: the kind of all matrices that can have it (see sharding.target_kind); None: as in the file.
     """
-    config = reader.config
+    config, float16 = reader.config, getattr(ops, 'FLOAT16', False)
     specs = tensor_specs(config)
+
+    def kind_of(spec: TensorSpec) -> str:
+        return target_kind(spec, reader.kind(spec.name), weights, float16)
 
     def matrix(*names: str) -> Weight:
         """The rows of one stored matrix, or of several side by side; one packed matrix for each run of equal kinds."""
-        parts = [(specs[name], target_kind(specs[name], reader.kind(name), weights)) for name in names]
+        parts = [(specs[name], kind_of(specs[name])) for name in names]
         return ops.join([packed([spec for spec, _ in run], kind) for kind, run in groupby(parts, lambda part: part[1])])
 
     def packed(parts: list[TensorSpec], kind: str) -> Weight:
@@ -163,7 +167,7 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
     def experts(names: list[list[str]]) -> Weight:
         """The matrices of all experts, of one kind: float32, without loss, where theirs differ."""
         each = [[specs[name] for name in one] for one in names]
-        kinds = {target_kind(spec, reader.kind(spec.name), weights) for one in each for spec in one}
+        kinds = {kind_of(spec) for one in each for spec in one}
         kind, rows = kinds.pop() if len(kinds) == 1 else 'float32', sum(len(rank_rows(spec, shard)) for spec in each[0])
         whole = ops.new_experts(len(each), rows, config.hidden_size, each[0][0].transposed, kind, each[0][0].letter, xp)
         for i, parts in enumerate(each):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpmpi import api, session
 from tpmpi.comm import Communicator
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, KERNELS, WEIGHT_KINDS
+from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, KERNELS, STORED_KINDS
 
 DEMO_PROMPT = 'The LORD is my shepherd'
 log = logging.getLogger('tpmpi')
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--sinks', type=int, default=0, metavar='N', help='and the first N tokens besides, however long the text')
     p.add_argument('--kv', choices=('float32', 'bfloat16'),
                    help='element type of the KV cache (default: bfloat16 with int8 and int4 weights, else float32)')
-    p.add_argument('--weights', choices=WEIGHT_KINDS, help='kind of the matrices in memory (default: as in the file)')
+    p.add_argument('--weights', choices=STORED_KINDS, help='kind of the matrices in memory (default: as in the file)')
     p.add_argument('--activations', default='float32', choices=ACTIVATION_DTYPES,
                    help='bfloat16, int8: they may be rounded where they meet bfloat16, or int8 and int4, weights')
     p.add_argument('--kernels', default='auto', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')
@@ -60,6 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go: mpi takes it as it '
                    'is, staged by a host buffer, nccl by NCCL (default: mpi where the library says that it can, else staged)')
     p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='off', help='auto: launch kernels of a GPU together')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
     p.add_argument('--json', action='store_true', help='one JSON object instead of text')
@@ -169,7 +170,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
                    chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
-                   activations=options.activations, collective=options.collective, share_gpu=options.share_gpu, session=s,
+                   activations=options.activations, collective=options.collective, share_gpu=options.share_gpu,
+                   cuda_graphs=options.cuda_graphs, session=s,
                    tracing=options.trace)
     first, config = s.comm.rank == 0, llm.config
     log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',

@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
 from tpmpi.config import ConfigError
 
+NOTHING = np.empty(0, np.float32), np.empty(0, np.int64)
 FIRST_CANDIDATES, MORE_CANDIDATES = 64, 8  # candidates a rank sends at first, and the factor of each further round
 
 
@@ -115,6 +117,16 @@ class Draw(NamedTuple):
         return (self.params.top_k or FIRST_CANDIDATES) if self.params.filtered else 1
 
     @property
+    def ordered(self) -> bool:
+        """The candidates are the largest logits themselves, whatever divides all of them."""
+        return self.params.repetition_penalty == 1 and (self.params.filtered or not self.params.temperature)
+
+    @property
+    def divisor(self) -> float:
+        """What the logits are divided by."""
+        return self.params.temperature or 1.0
+
+    @property
     def plain(self) -> bool:
         """The most probable token, and nothing else is asked."""
         return not self.params.temperature and not self.params.logprobs and self.params.repetition_penalty == 1
@@ -125,24 +137,75 @@ class Draw(NamedTuple):
         return self.params.filtered and not self.params.top_k
 
 
+class Rows:
+    """This rank's logits of some rows.  Of those on a device, as little as will do comes to the host.
+
+    Where the largest of each row are the candidates, these come, of all rows in one copy; otherwise the whole row does.
+    """
+
+    def __init__(self, logits, draws: Sequence[Draw], ops):
+        self.logits, self.ops, self.width = logits, ops, logits.shape[1]
+        self.found: dict[tuple[int, float], tuple[float, np.ndarray, np.ndarray]] = {}  # by row and divisor, see `best`
+        self.copied: dict[int, np.ndarray] = {}
+        if isinstance(logits, np.ndarray):
+            self.copied = dict(enumerate(logits))
+            self.found = {(row, 1.0): (total, *NOTHING) for row, total in enumerate(ops.log_sum_exp(logits))}
+        elif self.width:
+            count = max(max(d.params.logprobs, d.candidates if d.ordered else 1) for d in draws)
+            self._fetch(np.ones(len(draws)), count)
+            if any(d.divisor != 1 for d in draws if d.ordered):
+                self._fetch(np.array([d.divisor for d in draws]), count)
+
+    def _fetch(self, divisors: np.ndarray, count: int) -> None:
+        """The largest of all rows, from the device."""
+        found = self.ops.best(self.logits, min(count, self.ops.BEST_AT_MOST), None if (divisors == 1).all() else divisors)
+        for row, (divisor, *best) in enumerate(zip(divisors.tolist(), *found, strict=True)):
+            self.found[row, divisor] = tuple(best)
+
+    def whole(self, row: int) -> np.ndarray:
+        """All logits of a row.  [vocab/n]"""
+        if row not in self.copied:
+            self.copied[row] = self.logits[row].get()
+        return self.copied[row]
+
+    def best(self, row: int, divisor: float, count: int) -> tuple[float, np.ndarray, np.ndarray]:
+        """Of a row over a divisor the log-sum-exp, and of its `count` largest numbers the logits, and the columns.
+
+        Largest first, equal ones by lower column; all there are where these are fewer.
+        """
+        total, values, columns = self.found.get((row, divisor), (None, *NOTHING))
+        if total is None or len(columns) < min(count, self.width):
+            x = self.whole(row)
+            scaled = x if divisor == 1 else x / np.float32(divisor)
+            total = self.ops.log_sum_exp(scaled[None])[0] if total is None else total
+            _, columns = self.ops.top_k(scaled, count)
+            values = x[columns]
+        return total, values[:count], columns[:count]
+
+
 class Sampler:
     """Chooses tokens over all ranks, of many requests at once.  Every rank calls `choose` with its part of the logits."""
 
     def __init__(self, vocab: range, vocab_size: int, ops, comm):
         self.vocab, self.vocab_size, self.ops, self.comm = vocab, vocab_size, ops, comm
+        self.waited = 0.0  # seconds for logits on a device, in the last choice
 
-    def choose(self, logits: np.ndarray, draws: Sequence[Draw]) -> list[Choice] | None:
+    def choose(self, logits, draws: Sequence[Draw]) -> list[Choice] | None:
         """The next token of each row, on rank 0; None on the others.  logits: [rows, vocab/n]; draws: one for each row.
 
         One gather, and another one only where top-p or min-p without top-k want more candidates.
         """
-        totals = self.ops.log_sum_exp(logits)  # [rows]
+        start = perf_counter()
         if all(draw.plain for draw in draws):
-            return self._most_probable(logits, totals)
+            totals, values, columns = most_probable(logits, self.ops)
+            self.waited = 0.0 if isinstance(logits, np.ndarray) else perf_counter() - start
+            return self._most_probable(totals, values, columns)
+        local = Rows(logits, draws, self.ops)
+        self.waited = 0.0 if isinstance(logits, np.ndarray) else perf_counter() - start
         chosen: list[Choice | None] = [None] * len(draws)
         rows, counts = list(range(len(draws))), [draw.candidates for draw in draws]
         while rows:
-            parts = [self._candidates(logits[i], totals[i], draws[i], min(counts[i], self.vocab_size)) for i in rows]
+            parts = [self._candidates(local, i, draws[i], min(counts[i], self.vocab_size)) for i in rows]
             message = np.concatenate(parts)
             gathered = np.empty((self.comm.size, *message.shape)) if self.comm.rank == 0 else None
             self.comm.gather(message, gathered)
@@ -159,41 +222,57 @@ class Sampler:
                     counts[i] *= MORE_CANDIDATES
         return chosen if self.comm.rank == 0 else None
 
-    def _most_probable(self, logits: np.ndarray, totals: np.ndarray) -> list[Choice] | None:
+    def _most_probable(self, totals, values, columns) -> list[Choice] | None:
         """What the general way gives for draws that are plain, all rows at once."""
-        message = np.full((len(logits), 3), -np.inf)  # log-sum-exp, largest logit, its id
-        message[:, 0] = totals
-        if len(self.vocab):
-            best = logits.argmax(axis=1)
-            message[:, 1], message[:, 2] = logits[np.arange(len(logits)), best], best + self.vocab.start
+        message = np.stack((totals, values, columns + self.vocab.start), axis=1, dtype=np.float64)  # [rows, 3]
         gathered = np.empty((self.comm.size, *message.shape)) if self.comm.rank == 0 else None
         self.comm.gather(message, gathered)
         if gathered is None:
             return None
         _check_finite(gathered[:, :, 0])
         total, rank = np.logaddexp.reduce(gathered[:, :, 0]), gathered[:, :, 1].argmax(axis=0)  # equal ones: the lower id
-        _, logit, token = gathered[rank, np.arange(len(logits))].T
+        _, logit, token = gathered[rank, np.arange(len(message))].T
         return [Choice(int(t), float(x)) for t, x in zip(token, logit - total, strict=True)]
 
-    def _candidates(self, logits, total, draw: Draw, count: int) -> np.ndarray:
-        """This rank's best: rows of (id, logit, scaled, noise), best first, after a row of the log-sum-exps of all."""
-        params, scaled, noise, total_scaled = draw.params, logits, None, total
-        if params.repetition_penalty != 1:
-            scaled = penalize(logits, self.vocab, draw.history, params.repetition_penalty)
+    def _candidates(self, local: Rows, row: int, draw: Draw, count: int) -> np.ndarray:
+        """This rank's best: rows of (id, logit, scaled, noise), best first, after a row of the log-sum-exps of all.
+
+        Behind them the most probable ones, whose log-probabilities are asked for.
+        """
+        params, noise = draw.params, None
         if params.temperature > 0:
-            scaled = scaled / np.float32(params.temperature)
             noise = gumbel_noise(params.seed, draw.request, len(draw.history), self.vocab)
-        if params.filtered and scaled is not logits:  # what a nucleus is measured by
-            total_scaled = self.ops.log_sum_exp(scaled[None])[0]
-        key = scaled if noise is None or params.filtered else scaled + noise
+        total, most, most_columns = local.best(row, 1.0, params.logprobs)
+        if draw.ordered:
+            total_scaled, logits, columns = local.best(row, draw.divisor, count)
+            scaled = logits / np.float32(draw.divisor)
+        else:
+            logits = local.whole(row)
+            scaled = penalize(logits, self.vocab, draw.history, params.repetition_penalty)
+            if params.temperature > 0:
+                scaled = scaled / np.float32(params.temperature)
+            total_scaled = self.ops.log_sum_exp(scaled[None])[0] if params.filtered else total  # what a nucleus is measured by
+            key = scaled if noise is None or params.filtered else scaled + noise
+            _, columns = self.ops.top_k(key, count)
+            logits, scaled = logits[columns], scaled[columns]
         message = np.full((1 + count + params.logprobs, 4), -np.inf)
-        message[0, :3] = total, total_scaled, len(logits)
-        for at, (values, most) in ((1, (key, count)), (1 + count, (logits, params.logprobs))):
-            _, ids = self.ops.top_k(values, most)
-            part = message[at:at + len(ids)]
-            part[:, 0], part[:, 1], part[:, 2] = ids + self.vocab.start, logits[ids], scaled[ids]
-            part[:, 3] = 0 if noise is None else noise[ids]
+        message[0, :3] = total, total_scaled, len(self.vocab)
+        best, others = message[1:1 + len(columns)], message[1 + count:1 + count + len(most)]
+        best[:, 0], best[:, 1], best[:, 2] = columns + self.vocab.start, logits, scaled
+        best[:, 3] = 0 if noise is None else noise[columns]
+        others[:, 0], others[:, 1] = most_columns + self.vocab.start, most
         return message
+
+
+def most_probable(logits, ops) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row the log-sum-exp, the largest logit and its column, -inf and 0 where a rank has none.  [rows, vocab/n]"""
+    if logits.shape[1] == 0:
+        return *np.full((2, len(logits)), -np.inf), np.zeros(len(logits), np.int64)
+    if not isinstance(logits, np.ndarray):
+        totals, values, columns = ops.best(logits, 1)
+        return totals, values[:, 0], columns[:, 0]
+    best = logits.argmax(axis=1)
+    return ops.log_sum_exp(logits), logits[np.arange(len(logits)), best], best
 
 
 def _check_finite(totals: np.ndarray) -> None:
@@ -247,12 +326,15 @@ def _by_value(rows: np.ndarray, column: int) -> np.ndarray:
     return rows[np.lexsort((rows[:, 0], -rows[:, column]))]
 
 
-def token_logprobs(logits: np.ndarray, vocab: range, targets: np.ndarray, ops, comm) -> np.ndarray | None:
+def token_logprobs(logits, vocab: range, targets: np.ndarray, ops, comm) -> np.ndarray | None:
     """log p(target) for each row, on rank 0; None on the others.  logits: [rows, vocab/n], targets: [rows] ids."""
     mine = (targets >= vocab.start) & (targets < vocab.stop)
+    rows, columns = np.flatnonzero(mine), targets[mine] - vocab.start
     message = np.full((2, len(targets)), -np.inf)
-    message[0] = ops.log_sum_exp(logits)
-    message[1, mine] = logits[np.flatnonzero(mine), targets[mine] - vocab.start]
+    if isinstance(logits, np.ndarray):
+        message[0], message[1, rows] = ops.log_sum_exp(logits), logits[rows, columns]
+    elif len(vocab):
+        message[0], message[1, rows] = ops.best(logits, 1)[0], logits[ops.asarray(rows), ops.asarray(columns)].get()
     gathered = np.empty((comm.size, *message.shape)) if comm.rank == 0 else None
     comm.gather(message, gathered)
     return None if gathered is None else gathered[:, 1].max(axis=0) - np.logaddexp.reduce(gathered[:, 0], axis=0)

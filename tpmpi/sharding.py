@@ -232,13 +232,16 @@ def _mlp_specs(config: ModelConfig, at: str, ffn: int, sharded: str) -> list[Ten
     return specs
 
 
-def target_kind(spec: TensorSpec, kind: str, asked: str | None) -> str:
+def target_kind(spec: TensorSpec, kind: str, asked: str | None, float16: bool = False) -> str:
     """How a tensor of some kind is kept where `asked` is wanted of all matrices; None: as it is, as far as it fits.
 
     What does not fit becomes bfloat16 where that is asked for, and float32, without loss, where nothing is.  Vectors and
-    routers are float32: they are small, and every rank holds them.
+    routers are float32: they are small, and every rank holds them.  float16: whether that can be kept, as in a file and by
+    the kernels of a GPU; float32 takes its place, without loss, where it cannot.
     """
     if not spec.is_matrix or spec.exact:
+        return 'float32'
+    if (asked or kind) == 'float16' and not float16:
         return 'float32'
     if spec.fits(asked or kind):
         return asked or kind

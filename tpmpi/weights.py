@@ -4,6 +4,7 @@ A kind is data, never a class: `linear(x, weight)` chooses its kernel by `weight
 
     float32    the value
     bfloat16   its upper 16 bits
+    float16    IEEE half
     int8       value = scale * q            q from -127 to 127, a float16 scale for each group of 32 weights
     int4       value = scale * q + offset   q from 0 to 15, a float16 scale and offset for each group
 
@@ -21,10 +22,11 @@ import numpy as np
 
 GROUP = 32  # weights that share a scale
 STORAGE = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(np.uint16),  # bfloat16 as its 16 bits
-           'int8': np.dtype(np.int8), 'int4': np.dtype(np.uint8)}  # int4 two to a byte
+           'float16': np.dtype(np.float16), 'int8': np.dtype(np.int8), 'int4': np.dtype(np.uint8)}  # int4 two to a byte
 GROUP_PARTS = {'int8': ('scale',), 'int4': ('scale', 'offset')}  # what each group has, as float16
 FORMULAS = {'int8': 'value = scale * q', 'int4': 'value = scale * q + offset'}
-WEIGHT_KINDS = tuple(STORAGE)
+STORED_KINDS = tuple(STORAGE)
+WEIGHT_KINDS = tuple(kind for kind in STORAGE if kind != 'float16')  # that all kernels compute with; float16 those of a GPU
 MAX_FLOAT16 = 65504.0
 LARGEST = tuple(range(127, 119, -1))  # integers that the largest of 32 weights may become in int8
 AT_ONCE = 1 << 18  # weights that are encoded or decoded at a time: what is in between stays in the cache
@@ -35,7 +37,7 @@ class Stored:
     """Rows of a matrix (or a vector) as the file keeps them."""
 
     kind: str
-    data: np.ndarray  # [rows, columns] float32, bfloat16's bits, int8; int4: [rows, columns/2], column 2j in the low 4 bits
+    data: np.ndarray  # [rows, columns], bfloat16 as its bits; int4: [rows, columns/2], column 2j in the low 4 bits
     scale: np.ndarray | None = None  # float16: [rows, columns/32] if group_axis is 1, [rows/32, columns] if it is 0
     offset: np.ndarray | None = None  # float16, int4 only, of the same shape
     group_axis: int = 1  # the contraction axis
@@ -94,10 +96,11 @@ def encode(x: np.ndarray, kind: str, group_axis: int = 1, search: bool = False) 
     """float32 values in the storage of a kind, each as near as the kind allows; float32 as they are.
 
     search: of each group of int8, try eight scales, in eight times the time, and take that with the least squared error.
-    The integer kinds need finite values that float16 scales can reach, and a shape that `fits`.  Raises ValueError.
+    float16 needs finite values in its reach; the integer kinds those that float16 scales reach, and a shape that `fits`.
+    Raises ValueError.
     """
     if kind not in STORAGE:
-        raise ValueError(f'weight kind {kind!r}; known are {", ".join(WEIGHT_KINDS)}')
+        raise ValueError(f'weight kind {kind!r}; known are {", ".join(STORED_KINDS)}')
     if not fits(x.shape, kind, group_axis):
         raise ValueError(f'values of the shape {list(x.shape)} cannot be {kind}; expected a matrix whose axis {group_axis} '
                          f'is a multiple of {GROUP}' + ', and an even number of columns' * (kind == 'int4'))
@@ -105,10 +108,10 @@ def encode(x: np.ndarray, kind: str, group_axis: int = 1, search: bool = False) 
     if kind == 'float32':
         return Stored(kind, x, group_axis=group_axis)
     parts = {name: np.empty(*part) for name, part in part_shapes(x.shape, kind, group_axis).items()}
-    if kind == 'bfloat16':
-        flat, bits = x.reshape(-1), parts['data'].reshape(-1)
+    if kind in HALVES:
+        flat, halves = x.reshape(-1), parts['data'].reshape(-1)
         for i in range(0, x.size, AT_ONCE):
-            bits[i:i + AT_ONCE] = encode_bfloat16(flat[i:i + AT_ONCE])
+            halves[i:i + AT_ONCE] = HALVES[kind](flat[i:i + AT_ONCE])
         return Stored(kind, **parts, group_axis=group_axis)
     stored = Stored(kind, **parts, group_axis=group_axis)
     for here, groups in _pieces(x.shape, group_axis):
@@ -125,6 +128,8 @@ def decode(stored: Stored) -> np.ndarray:
         return stored.data
     if stored.kind == 'bfloat16':
         return decode_bfloat16(stored.data)
+    if stored.kind == 'float16':
+        return stored.data.astype(np.float32)
     out = np.empty(stored.shape, np.float32)
     for here, groups in _pieces(out.shape, stored.group_axis):
         data = stored.data[here]
@@ -149,7 +154,7 @@ def transpose(stored: Stored) -> Stored:
     return Stored(stored.kind, data, **groups, group_axis=group_axis)
 
 
-# ---- bfloat16
+# ---- 16 bits
 
 
 def encode_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -168,6 +173,15 @@ def decode_bfloat16(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarr
     np.copyto(words, bits, casting='same_kind')
     np.left_shift(words, 16, out=words)
     return out
+
+
+def encode_float16(x: np.ndarray) -> np.ndarray:
+    """float32 values rounded to IEEE half, to nearest, ties to even.  Raises ValueError for what that cannot reach."""
+    _check_range(np.abs(x), 1, 'float16')
+    return x.astype(np.float16)
+
+
+HALVES = {'bfloat16': encode_bfloat16, 'float16': encode_float16}
 
 
 # ---- groups of integers
@@ -232,7 +246,7 @@ def _encode_int4(x: np.ndarray, data: np.ndarray, groups: slice, stored: Stored)
 
 
 def _check_range(peak: np.ndarray, times: int, kind: str):
-    """Raises ValueError where the largest magnitude of a group is out of the reach of float16 scales."""
+    """Raises ValueError where a magnitude, or the largest of a group, is out of the reach of float16."""
     if not (peak <= times * MAX_FLOAT16).all():
         worst = peak.max()
         raise ValueError(f'a weight has the magnitude {worst:.3g}; {kind} reaches {times * MAX_FLOAT16:.6g}'

@@ -50,6 +50,7 @@ def run(path: str, collective: str, shaken: bool = False):
         if count == 1 and not GPU:
             fake = cupy.fake
             report = {'launches': dict(fake.launches), 'to_host': fake.device_to_host.calls,
+                      'to_device': fake.host_to_device.calls,
                       'synchronizations': fake.synchronizations, 'broadcasts': comm.traffic['broadcast'].calls,
                       'hidden': dict(fake.hidden_synchronizations)}
         parts.append(logits(hidden, model, ops).get())

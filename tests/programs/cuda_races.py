@@ -11,9 +11,10 @@ import cupy
 import numpy as np
 
 from tpmpi.config import Rope
-from tpmpi.kernels.cuda import FEW_ROWS, SPLIT, Kernels
+from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, Kernels
+from tpmpi.kernels.uploads import SPLIT
 from tpmpi.kv_cache import LayerCache, Ring
-from tpmpi.weights import WEIGHT_KINDS, encode
+from tpmpi.weights import STORED_KINDS, encode
 
 
 def numbers(*shape):
@@ -21,7 +22,7 @@ def numbers(*shape):
 
 
 def products(ops):
-    for kind in WEIGHT_KINDS:
+    for kind in STORED_KINDS:
         weight = ops.new_weight(5, 64, False, kind, 'W')
         ops.fill(weight, 0, encode(numbers(5, 64).get(), kind))
         even = ops.new_weight(6, 64, False, kind, 'W')
@@ -56,8 +57,12 @@ def attention(ops):
             ops.attend(q, cache, (range(heads),), (segment,), None, 0.1, 5.0)
 
 
+def head(ops):
+    ops.best(numbers(2, CHUNK + 9), 3, np.array([0.5, 2.0]))
+
+
 if __name__ == '__main__':
-    for part in (products, rows, attention):
+    for part in (products, rows, attention, head):
         part(Kernels(cupy))
     cupy.cuda.get_current_stream().synchronize()
     print(json.dumps(sorted(cupy.fake.launches)))

@@ -14,6 +14,7 @@ from tpmpi.config import ModelConfig
 from tpmpi.weights import Stored
 
 BFLOAT16 = 'bfloat16'
+HALVES = (BFLOAT16, 'float16')  # as a file has them, and as weights.py calls them
 JSON_LIMIT = 1 << 28  # bytes; the largest tokenizer.json in use is below 40 MB
 
 
@@ -37,7 +38,7 @@ class TensorSource:
     @property
     def exact_kinds(self) -> tuple[str, ...]:
         """The kinds that hold the tensor without loss, the smallest first."""
-        return *self.group_kinds, *((BFLOAT16,) if self.dtype == BFLOAT16 else ()), 'float32'
+        return *self.group_kinds, *((self.dtype,) if self.dtype in HALVES else ()), 'float32'
 
     def read(self) -> np.ndarray:
         """The tensor as float32, read anew on each call.  Raises FormatError where the file is too short."""
@@ -58,7 +59,7 @@ class TensorSource:
             raise FormatError(f'{self.origin} is {self.dtype}; without loss it can be {" or ".join(self.exact_kinds)}')
         if kind in self.group_kinds:
             return self.load_groups(kind)
-        return Stored(kind, self.read_bfloat16() if kind == BFLOAT16 else np.ascontiguousarray(self.read()))
+        return Stored(kind, np.ascontiguousarray(self.load() if kind in HALVES else self.read()))
 
 
 @dataclass(frozen=True)

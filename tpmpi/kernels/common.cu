@@ -15,6 +15,7 @@ typedef signed char i8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 // bfloat16 and float16 are carried as their bits.
 
@@ -26,9 +27,10 @@ __device__ __forceinline__ u16 to_bfloat16(float x) {  // to nearest, ties to ev
     return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-__device__ __forceinline__ float from_float16(u32 bits) {  // finite ones: scales are
-    float magnitude = __uint_as_float((bits & 0x7fffu) << 13) * 5.192296858534828e33f;  // 2^112
-    return (bits & 0x8000u) ? -magnitude : magnitude;
+__device__ __forceinline__ float from_float16(u32 bits) {
+    const u32 sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
+    if (rest >= 0x7c00u << 13) return __uint_as_float(sign | 0x7f800000u | rest);  // infinity, or no number
+    return __uint_as_float(sign | rest) * 5.192296858534828e33f;  // 2^112
 }
 
 // Sums and maxima in one fixed order, the same on every lane or thread afterwards.

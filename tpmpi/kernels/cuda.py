@@ -2,81 +2,35 @@
 
 The sources are the .cu files beside this one, compiled for the device by NVRTC when they are first needed; CuPy keeps the
 result on disk.  A few rows meet the packed weights in one kernel (products.cu).  Many rows are multiplied by cuBLAS: float32
-as it is, bfloat16 on the tensor cores, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation, and an
-unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three; with
-activations rounded to bfloat16 one is enough.  What the host decides for a step, such as where keys lie, is uploaded once for
-all layers.
+as it is, bfloat16 on the tensor cores, float16, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation,
+and an unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three;
+with activations rounded to bfloat16 one is enough, or two for float16, whose numbers are as fine as two of bfloat16.  What the
+host decides for a step, such as where keys lie, is uploaded in one copy for all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.recent import Recent
+from tpmpi.kernels.cuda_source import FILES, ROWS_AT_ONCE, SPANS, source
+from tpmpi.kernels.recent import MOST, Recent
+from tpmpi.kernels.uploads import KEYS, Uploads, attention_tasks, power_of_two
 from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 
 THREADS = 128
 OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # a warp computes two
-ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
 FEW_ROWS = 32  # from more on the library's product is faster
-UNPACKED_BYTES = 64 << 20  # of a matrix of int8 or int4, at once
-KEYS = 128  # attention.cu
-SPLIT = 512  # keys of one block where a step has few queries
-SPLIT_ROWS = 64  # as many queries fill the device by themselves
-ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
+UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
 EVERYWHERE = 1 << 62  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
-KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'int8': 'Int8', 'int4': 'Int4'}  # the structs of products.cu
-BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
-CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
+BITS = {'float32': 32, 'bfloat16': 16, 'float16': 16, 'int8': 8, 'int4': 4}
 GRID_Y = 65535  # blocks along y, at most
-FILES = ('elementwise', 'products', 'attention')
-
-
-def source(name: str) -> str:
-    """The CUDA C++ of one file, with what it builds on and the entry points of its templates."""
-    folder = Path(__file__).parent
-    return '\n'.join([(folder / 'common.cu').read_text(), (folder / f'{name}.cu').read_text(), *_entries(name)])
-
-
-def _entries(name: str) -> list[str]:
-    """The instances of a file's templates."""
-    def entry(called, template, parameters):
-        names = ', '.join(p.split()[-1].lstrip('*') for p in parameters.split(', '))
-        return f'extern "C" __global__ void {called}({parameters}) {{ {template}({names}); }}'
-
-    found = []
-    if name == 'products':
-        w, y = 'const unsigned char* w, int row_bytes', 'float* y'
-        for kind, struct in KINDS.items():
-            found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply<{struct}, {rows}, {str(bool(gated)).lower()}>',
-                            f'const float* x, int rows, int k, {w}, int outputs, int kind, {y}')
-                      for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
-            found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
-                               f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
-            found.append(entry(f'embed_{kind}', f'embed<{struct}>',
-                               f'const long long* tokens, long long start, long long stop, {w}, int k, {y}'))
-            if kind in GROUP_PARTS:
-                found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
-                                   f'{w}, int k, unsigned short* high, unsigned short* low'))
-    for kv, number in CACHES.items():
-        if name == 'elementwise':
-            found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
-                'const float* qkv, const float* cosines, const float* sines, int pairs, int heads, int kv_heads, int dim, '
-                f'const long long* slots, long long num_slots, float* q, {number}* k, {number}* v')))
-        if name == 'attention':
-            found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
-                f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
-                'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
-                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'))
-                for items in ITEMS for spans in SPANS]
-    return found
+CHUNK = 2048  # head.cu
 
 
 class Kernels:
@@ -84,11 +38,15 @@ class Kernels:
 
     expert, join = staticmethod(reference.expert), staticmethod(reference.join)
     namespace, sigmoid, route = (staticmethod(f) for f in (reference.namespace, reference.sigmoid, reference.route))
-    log_sum_exp, top_k = staticmethod(reference.log_sum_exp), staticmethod(reference.top_k)
+    log_sum_exp, top_k = staticmethod(reference.log_sum_exp), staticmethod(reference.top_k)  # of what came to the host
+    FLOAT16 = True  # is a kind of weights here
+    BEST_AT_MOST = CHUNK // 2  # `best` finds so many
 
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
-        self.functions, self.frequencies, self.recent = {}, {}, Recent()
+        self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
+        self.launches = 0  # of these kernels, of products by cuBLAS and of graphs
+        self.kind_of_step = None  # of two steps of one kind the same kernels are launched with the same arguments
 
     @cached_property
     def modules(self) -> dict:
@@ -99,12 +57,37 @@ class Kernels:
         """Run a kernel; None is a null pointer."""
         if name not in self.functions:
             self.functions[name] = self.modules[file].get_function(name)
+        self.launches += 1
         arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
         self.functions[name](grid, (threads,), arguments, shared_mem=shared)
 
+    # ---- what the host decides for a step
+
+    def upload(self, step, model) -> None:
+        """Bring it to the device, all in one copy; the operations of the step find it by the host's objects."""
+        wanted = [(x, _itself, ()) for x in (step.tokens, step.positions, *step.slots, step.growth) if x is not None]
+        wanted += [(step.positions, _turning(step.lengths), (rope,)) for rope in model.ropes if rope.by_length]
+        wanted += [(segments, attention_tasks, (model.query_groups, group.window, group.sinks))
+                   for segments, group in zip(step.segments, model.groups, strict=True) if model.query_groups]
+        made = [make(owner, *arguments) for owner, make, arguments in wanted]
+        views = iter(self.uploads.send([x for parts in made for x in parts if isinstance(x, np.ndarray)]))
+        decided = tuple(x for parts in made for x in parts if not isinstance(x, np.ndarray))
+        self.kind_of_step = self.uploads.device.data.ptr, tuple(self.uploads.layout), decided
+        self.recent = Recent(len(wanted) + MOST)
+        for (owner, _, arguments), parts in zip(wanted, made, strict=True):
+            there = tuple(next(views) if isinstance(x, np.ndarray) else x for x in parts)
+            self.recent.of(owner, lambda *_, there=there: there, *arguments)
+
+    def _uploaded(self, owner, make: Callable, *arguments) -> tuple:
+        """What make(owner, *arguments) gives, arrays on the device: of `upload`, or copied now."""
+        def copied(*all_arguments):
+            return tuple(self.xp.asarray(x) if isinstance(x, np.ndarray) else x for x in make(*all_arguments))
+
+        return self.recent.of(owner, copied, *arguments)
+
     def asarray(self, x: np.ndarray):
         """A small host array on the device; the same array is uploaded once."""
-        return self.recent.of(x, self.xp.asarray)
+        return self._uploaded(x, _itself)[0]
 
     # ---- weights
 
@@ -218,7 +201,11 @@ class Kernels:
     def linear(self, x, weight: Weight, out=None):
         """x · W for a packed W.  [tokens, in] -> [tokens, out]; out: none, it is for sums of host memory"""
         if weight.kind == 'mixed':
-            return self.xp.concatenate([self.linear(x, part) for part in weight.data], axis=1)
+            y, at = self.xp.empty((len(x), sum(part.out_features for part in weight.data)), self.xp.float32), 0
+            for part in weight.data:  # concatenate would bring a table of addresses from the host
+                y[:, at:at + part.out_features] = self.linear(x, part)
+                at += part.out_features
+            return y
         y = self.xp.empty((len(x), weight.out_features), self.xp.float32)
         if weight.in_features == 0:  # a rank without heads adds nothing
             y.fill(0)
@@ -252,18 +239,19 @@ class Kernels:
             self._add_product(weight.data.view(xp.float32), x, y, first=True)
             return
         halves = [xp.empty(x.shape, xp.uint16) for _ in range(1 if self.rounded else 2)]
-        no_low = [None] * (2 - len(halves))
-        self._launch('products', 'split_rows', (-(-x.size // 256),), 256, x, np.int64(x.size), *halves, *no_low)
+        self._launch('products', 'split_rows', (-(-x.size // 256),), 256, x, np.int64(x.size), *halves,
+                     *[None] * (2 - len(halves)))
         if weight.kind == 'bfloat16':
             for i, half in enumerate(halves):
                 self._add_product(weight.data.view(xp.uint16), half, y, first=i == 0)
             return
-        step = max(1, UNPACKED_BYTES // (2 * k * len(halves)))
+        parts = 2 if weight.kind == 'float16' else len(halves)
+        step = max(1, UNPACKED_BYTES // (2 * k * parts))
         for first in range(0, weight.out_features, step):
             part = weight.data[first:first + step]
-            unpacked = [xp.empty((len(part), k), xp.uint16) for _ in halves]
+            unpacked = [xp.empty((len(part), k), xp.uint16) for _ in range(parts)]
             self._launch('products', f'unpack_{weight.kind}', (len(part),), 256, part, np.int32(width), np.int32(k), *unpacked,
-                         *no_low)
+                         *[None] * (2 - parts))
             for i, (w, half) in enumerate([(w, half) for w in unpacked for half in halves][:3]):  # low times low is nothing
                 self._add_product(w, half, y[:, first:first + step], first=i == 0)
 
@@ -273,6 +261,7 @@ class Kernels:
         kind = cuda.runtime.CUDA_R_32F if w.dtype == np.float32 else cuda.runtime.CUDA_R_16BF
         one, factor = np.ones(1, np.float32), np.full(1, 0 if first else 1, np.float32)
         (rows, k), blas = x.shape, cuda.cublas
+        self.launches += 1
         blas.gemmEx(cuda.device.get_cublas_handle(), blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, len(w), rows, k, one.ctypes.data,
                     w.data.ptr, kind, w.strides[0] // w.itemsize, x.data.ptr, kind, k, factor.ctypes.data,
                     y.data.ptr, cuda.runtime.CUDA_R_32F, y.strides[0] // y.itemsize, blas.CUBLAS_COMPUTE_32F,
@@ -281,9 +270,7 @@ class Kernels:
     def rope_table(self, positions, lengths, rope: Rope):
         """What turns the pairs of a head at each position: cosines and sines, [tokens, rope.dim / 2] each."""
         if rope.by_length:
-            theta, divisors = reference._stretched(lengths, rope, np)
-            exponents = np.arange(0, rope.dim, 2) / rope.dim
-            frequencies = self.xp.asarray(np.ascontiguousarray(theta ** -exponents / divisors))
+            frequencies = self._uploaded(positions, _turning(lengths), rope)[0]
         else:
             if rope not in self.frequencies:
                 self.frequencies[rope] = self.xp.asarray(reference._frequencies(rope, np))
@@ -311,9 +298,7 @@ class Kernels:
         b = self.xp.empty((tokens, heads * dim), self.xp.float32)
         if heads == 0:
             return b
-        tasks, blocks, runs, items, columns = self.recent.of(segments, self._tasks, query_groups, window, sinks)
-        splits = -(-columns // SPLIT) if tokens <= SPLIT_ROWS else 1
-        split = SPLIT if splits > 1 else -(-columns // KEYS) * KEYS
+        tasks, blocks, runs, items, splits, split = self._uploaded(segments, attention_tasks, query_groups, window, sinks)
         parts = stats = None
         if splits > 1:
             parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
@@ -328,26 +313,6 @@ class Kernels:
             self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
                          np.int32(dim), np.int64(tokens), b)
         return b
-
-    def _tasks(self, segments, query_groups, window: int | None, sinks: int):
-        """What the blocks of an attention do, on the device: tasks, the blocks of all rings, runs of heads; see attention.cu."""
-        most = ITEMS[-1]
-        runs = [(kv_head, first, min(most, group.stop - first)) for kv_head, group in enumerate(query_groups)
-                for first in range(group.start, group.stop, most)]
-        rows_at_once = most // max(count for _, _, count in runs)
-        tasks, ring_at = [], 0
-        for s in segments:
-            for row in range(0, len(s.slots), rows_at_once):
-                position = s.start + row
-                low = s.oldest if window is None else max(s.oldest, position - window + 1)
-                tasks.append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low, min(sinks, low),
-                              ring_at, len(s.ring.blocks), s.ring.pinned))
-            ring_at += len(s.ring.blocks)
-        columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
-        largest = max(task[1] for task in tasks) * max(count for _, _, count in runs)
-        arrays = [self.xp.asarray(np.array(a, np.int64)) for a in (
-            tasks, np.concatenate([s.ring.blocks for s in segments]), runs)]
-        return *arrays, next(n for n in ITEMS if n >= largest), columns
 
     # ---- a mixture of experts
 
@@ -375,6 +340,48 @@ class Kernels:
                      np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[2]),
                      np.int32(weight.out_features), choice, y)
         return y
+
+    # ---- the head
+
+    def best(self, logits, count: int, divisors: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The log-sum-exp of each row over its divisor, and its `count` largest numbers: logits and columns, on the host.
+
+        Largest first, equal ones by lower column.  Nothing else of [rows, vocab/n] is copied; divisors: [rows], or None for
+        ones; count: at most BEST_AT_MOST.  -> [rows], [rows, k] and [rows, k], where k is count or all there are.
+        """
+        xp, (rows, columns) = self.xp, logits.shape
+        keep, runs = min(count, columns), -(-columns // CHUNK)
+        assert 1 <= keep <= self.BEST_AT_MOST
+        stats, keys = xp.empty((rows, runs, 2), xp.float32), xp.empty((rows, runs, keep), xp.uint64)
+        n, left = power_of_two(min(columns, CHUNK)), runs * keep
+        self._launch('head', 'best_of_logits', (runs, rows), 256, logits, np.int32(columns),
+                     None if divisors is None else xp.asarray(divisors, xp.float32), np.int32(keep), np.int32(n), keys, stats,
+                     shared=8 * n + 4 * 256 // 32)
+        while left > keep:
+            blocks, n, before = -(-left // CHUNK), power_of_two(min(left, CHUNK)), keys
+            keys = xp.empty((rows, blocks, keep), xp.uint64)
+            self._launch('head', 'best_of_keys', (blocks, rows), 256, before, np.int32(left), np.int32(keep), np.int32(n), keys,
+                         shared=8 * n)
+            left = blocks * keep
+        found = xp.empty((rows, 1 + 2 * keep), xp.uint32)
+        self._launch('head', 'best_rows', (rows,), 256, logits, np.int32(columns), keys, np.int32(keep), stats, np.int32(runs),
+                     found, shared=4 * 256 // 32)
+        host = found.get()
+        return host[:, 0].view(np.float32), host[:, 1:1 + keep].view(np.float32), host[:, 1 + keep:].astype(np.int64)
+
+
+def _itself(x: np.ndarray) -> tuple[np.ndarray]:
+    """What is uploaded of an array."""
+    return (x,)
+
+
+def _turning(lengths: np.ndarray) -> Callable:
+    """For a RoPE that depends on the texts' lengths: a function of positions and rope that gives [tokens, pairs] frequencies."""
+    def frequencies(positions, rope: Rope):
+        theta, divisors = reference._stretched(lengths, rope, np)
+        return (theta ** -(np.arange(0, rope.dim, 2) / rope.dim) / divisors,)
+
+    return frequencies
 
 
 def _values_bytes(k: int, kind: str) -> int:

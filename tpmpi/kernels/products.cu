@@ -50,6 +50,22 @@ struct Bfloat16 {
     }
 };
 
+struct Float16 {
+    static const int VALUES = 8;
+    __device__ static __forceinline__ float add(uint4 w, const u16*, int, const float* x, float sum) {
+        const u32 words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum = fmaf(from_float16(words[i] & 0xffffu), x[2 * i], sum);
+            sum = fmaf(from_float16(words[i] >> 16), x[2 * i + 1], sum);
+        }
+        return sum;
+    }
+    __device__ static __forceinline__ float value(const u8* row, const u16*, int at) {
+        return from_float16(reinterpret_cast<const u16*>(row)[at]);
+    }
+};
+
 struct Int8 {  // value = scale * q
     static const int VALUES = 16;
     __device__ static __forceinline__ float add(uint4 w, const u16* groups, int at, const float* x, float sum) {

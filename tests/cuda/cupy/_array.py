@@ -24,7 +24,7 @@ def new(shape, dtype) -> ndarray:
     """An array of poison."""
     host = np.empty(0, dtype)
     shape = (int(shape),) if np.isscalar(shape) else tuple(int(n) for n in shape)
-    memory = Allocation(int(np.prod(shape)) * host.itemsize)
+    memory = _streams.allocate(int(np.prod(shape)) * host.itemsize)
     x = ndarray(memory.bytes.view(host.dtype).reshape(shape), memory)
     poison(x.host)
     return x
@@ -32,6 +32,7 @@ def new(shape, dtype) -> ndarray:
 
 def upload(values: np.ndarray) -> ndarray:
     """A copy of a host array, read at once."""
+    _streams.current().refuse_if_captured()
     x = new(values.shape, values.dtype)
     np.copyto(x.host, values)
     return x
@@ -187,6 +188,7 @@ class ndarray:
             stream.run()
             np.copyto(out, self.host)
         else:
+            stream.refuse_if_captured()
             if not _streams.still_read(out):  # by a copy that the stream does before
                 poison(out)
             stream.push(lambda: np.copyto(out, self.host))
@@ -205,6 +207,7 @@ class ndarray:
         if is_pinned(host):
             stream.push_copy_from(host, self.host)
         else:
+            stream.refuse_if_captured()
             values = host.copy()
             stream.push(lambda: np.copyto(self.host, values))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from cupy._memory import PinnedMemoryPointer, alloc_pinned_memory
-from cupy._streams import Event, Stream
+from cupy._streams import Event, Graph, Stream, get_elapsed_time, using_allocator
 from cupy._streams import current as get_current_stream
 from cupy.cuda import cublas, device, driver, memory, runtime
 from cupy.cuda.memory import MemoryPool
 
-__all__ = ['Device', 'Event', 'MemoryPool', 'PinnedMemoryPointer', 'Stream', 'alloc_pinned_memory', 'cublas', 'device', 'driver',
-           'get_current_stream', 'memory', 'nccl', 'runtime']
+__all__ = ['Device', 'Event', 'Graph', 'MemoryPool', 'PinnedMemoryPointer', 'Stream', 'alloc_pinned_memory', 'cublas', 'device',
+           'driver', 'get_current_stream', 'get_elapsed_time', 'memory', 'nccl', 'runtime', 'using_allocator']
 nccl = SimpleNamespace(available=False)
 
 

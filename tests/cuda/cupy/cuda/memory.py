@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from cupy._memory import OutOfMemoryError, used
+from cupy._memory import Allocation, OutOfMemoryError, used
 
 __all__ = ['MemoryPool', 'OutOfMemoryError']
 
 
 class MemoryPool:
     """A pool that gives back at once what is freed."""
+
+    def malloc(self, nbytes: int) -> Allocation:
+        """Memory of this pool."""
+        return Allocation(nbytes)
 
     def free_all_blocks(self, stream=None) -> None:
         """Nothing is kept."""

@@ -7,17 +7,10 @@ import threading
 
 from cupy import _streams, fake
 from cupy._memory import free_and_total
+from cupy._streams import CUDARuntimeError
 
 CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF = 0, 2, 14
 _thread = threading.local()
-
-
-class CUDARuntimeError(RuntimeError):
-    """What a call of the runtime returned."""
-
-    def __init__(self, status: int, text: str):
-        super().__init__(text)
-        self.status = status
 
 
 def _visible() -> list[int]:

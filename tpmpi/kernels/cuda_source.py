@@ -1,0 +1,51 @@
+"""The CUDA C++ of the kernels: the .cu files beside this one, with an entry point for each instance of their templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
+ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
+KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
+CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
+FILES = ('elementwise', 'products', 'attention', 'head')
+
+
+def source(name: str) -> str:
+    """The CUDA C++ of one file, with what it builds on and the entry points of its templates."""
+    folder = Path(__file__).parent
+    return '\n'.join([(folder / 'common.cu').read_text(), (folder / f'{name}.cu').read_text(), *_entries(name)])
+
+
+def _entries(name: str) -> list[str]:
+    """The instances of a file's templates."""
+    def entry(called, template, parameters):
+        names = ', '.join(p.split()[-1].lstrip('*') for p in parameters.split(', '))
+        return f'extern "C" __global__ void {called}({parameters}) {{ {template}({names}); }}'
+
+    found = []
+    if name == 'products':
+        w, y = 'const unsigned char* w, int row_bytes', 'float* y'
+        for kind, struct in KINDS.items():
+            found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply<{struct}, {rows}, {str(bool(gated)).lower()}>',
+                            f'const float* x, int rows, int k, {w}, int outputs, int kind, {y}')
+                      for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
+            found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
+                               f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
+            found.append(entry(f'embed_{kind}', f'embed<{struct}>',
+                               f'const long long* tokens, long long start, long long stop, {w}, int k, {y}'))
+            if kind not in ('float32', 'bfloat16'):  # these the library multiplies as they are
+                found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
+                                   f'{w}, int k, unsigned short* high, unsigned short* low'))
+    for kv, number in CACHES.items():
+        if name == 'elementwise':
+            found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
+                'const float* qkv, const float* cosines, const float* sines, int pairs, int heads, int kv_heads, int dim, '
+                f'const long long* slots, long long num_slots, float* q, {number}* k, {number}* v')))
+        if name == 'attention':
+            found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
+                f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
+                'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
+                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'))
+                for items in ITEMS for spans in SPANS]
+    return found
