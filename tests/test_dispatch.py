@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tpmpi.dispatch import AHEAD, Replica
+from tpmpi.dispatch import AHEAD, START, Replica
 
 
 def replica_with(running: int, waiting: int, most: int = 16) -> Replica:
@@ -21,8 +21,8 @@ def replica_with(running: int, waiting: int, most: int = 16) -> Replica:
 
 @pytest.mark.parametrize('running', range(17))
 def test_what_waits_at_a_replica_is_no_more_than_what_runs_or_a_few(running):
-    """Also where the cache holds fewer requests than --max-sequences allows."""
-    most = min(max(AHEAD, running), 16 + AHEAD - running)
+    """Also where the cache holds fewer requests than --max-sequences allows; one that runs none begins with more."""
+    most = min(max(AHEAD, running) if running else START, 16 + AHEAD - running)
     for waiting in range(20):
         report = replica_with(running, waiting).report(leaving=True)
         assert report.held == running + waiting and report.room == max(0, most - waiting)

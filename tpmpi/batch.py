@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--activations', default='float32', choices=ACTIVATION_DTYPES)
     p.add_argument('--kernels', default='auto', choices=KERNELS)
     p.add_argument('--device', default='auto', choices=DEVICES)
-    p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
+    p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums over the ranks go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
     p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='off', help='auto: launch kernels of a GPU together')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")

@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--kv', choices=KV_DTYPES, help='element type of the KV cache (default: as tpmpi.run)')
     p.add_argument('--chunk', type=int, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', choices=DEVICES)
-    p.add_argument('--collective', choices=COLLECTIVES, help='how sums of GPU memory go (see tpmpi.run)')
+    p.add_argument('--collective', choices=COLLECTIVES, help='how sums over the ranks go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', default=None, help='several ranks may compute on one GPU')
     p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, help='auto: launch kernels of a GPU together (default: off)')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")

@@ -257,7 +257,7 @@ class RunConfig:
     kernels: str = 'auto'  # cpu: compiled by Numba; reference: NumPy; auto: a GPU's own, else cpu where there is Numba
     activations: str = 'float32'  # what they may be rounded to for such weights
     sinks: int = 0  # first tokens that attention sees besides the context
-    collective: str = 'auto'  # how an all-reduce of GPU memory is carried: see collectives.py
+    collective: str = 'auto'  # how an all-reduce is carried: see shared_sums.py, and collectives.py for GPUs
     share_gpu: bool = False  # several ranks may compute on one GPU
     cuda_graphs: str = 'off'  # until they have run on hardware; auto: steps of decode by graphs where these can be captured
 

@@ -30,6 +30,7 @@ REPORT_SECONDS = 0.3  # between two reports with nothing but tokens for the jour
 IDLE_SECONDS = 2e-3
 TEXT_SAMPLE = 16  # characters for each token of the model's length: what is looked at of a text that is longer
 AHEAD = 4  # requests that a replica takes before it has room, so that none of its steps is empty
+START = 16  # that one takes which runs none: an answer comes after a step of rank 0, and its first steps should be full
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class Replica:
         now, held = time.monotonic(), len(self.requests)
         running = len(self.engine.scheduler.running)
         waiting = held - running  # here, where nobody else can take them: no more than run, or a few
-        room = min(self.max_sequences + AHEAD - held, max(AHEAD, running) - waiting)
+        room = min(self.max_sequences + AHEAD - held, max(AHEAD, running or START) - waiting)
         room = 0 if self.empty or self.stopped else max(0, room)
         due = now - self.reported > REPORT_SECONDS
         if not (leaving or due or self.unsent.finished or (room and not waiting)):

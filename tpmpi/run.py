@@ -57,8 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--kernels', default='auto', choices=KERNELS, help='of the CPU: cpu, compiled by Numba, or reference, NumPy')
     p.add_argument('--chunk', type=int, default=512, metavar='N', help='prompt tokens computed at once')
     p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
-    p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums of GPU memory go: mpi takes it as it '
-                   'is, staged by a host buffer, nccl by NCCL (default: mpi where the library says that it can, else staged)')
+    p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums over the ranks go: on CPUs auto '
+                   'takes memory that ranks share for large ones, mpi messages for all; of GPU memory mpi takes it as it is, '
+                   'staged by a host buffer, nccl by NCCL, and auto mpi where the library says that it can, else staged')
     p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
     p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='off', help='auto: launch kernels of a GPU together')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
