@@ -118,6 +118,18 @@ def first_query(q, first_row, head, heads, i):
     return ((first_row + i // heads) * q.shape[1] + head + i % heads) * q.shape[2]
 
 
+@helper
+def put_rows(sums, width, factors, b, first_row, head, heads):
+    """The sums of a block's queries, an address, each times its factor, in their places in B [tokens, heads/n, head_dim]."""
+    dim = b.shape[2]
+    for i in range(len(factors)):
+        result = floats(b.ctypes.data + 4 * first_query(b, first_row, head, heads, i), dim)
+        total = floats(sums + 4 * width * i, dim)
+        for j in range(dim):
+            result[j] = total[j] * factors[i]
+    keep(b)
+
+
 def _attention(kind: str):
     """share(…) for a cache of float32 or bfloat16; pairs: of bfloat16, which Q and the exponentials are rounded to as well."""
     add_panels, each, pairs = float_panels(kind), PER_STEP.get(kind, 2), kind == 'pairs'
@@ -177,11 +189,7 @@ def _attention(kind: str):
             for at in range(begin, end, V_ROWS):
                 add(p + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, v + at * wide * 4 // each,
                     LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
-        for i in range(m):
-            result = floats(b.ctypes.data + 4 * first_query(q, first_row, head, heads, i), dim)
-            out = floats(oa + 4 * wide * i, dim)
-            for j in range(dim):
-                result[j] = out[j] * factors[i]
+        put_rows(oa, wide, factors, b, first_row, head, heads)
         keep(q)
         keep(b)
 

@@ -21,6 +21,7 @@ from tpmpi.kernels.attention import (
     most_columns,
     panels_of,
     pieces_of,
+    put_rows,
     runs_of,
 )
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
@@ -110,11 +111,7 @@ def _attention(parts: int):
                 first = False
                 x_at += steps * TILE
                 at += steps * TILE_K
-        for i in range(m):
-            result = floats(b.ctypes.data + 4 * first_query(q, first_row, head, heads, i), dim)
-            out = floats(oa + 4 * dim * i, dim)
-            for j in range(dim):
-                result[j] = out[j] * factors[i]
+        put_rows(oa, dim, factors, b, first_row, head, heads)
         keep(q)
         keep(b)
 
