@@ -190,10 +190,34 @@ def test_what_float16_scales_cannot_reach_is_refused(kind, value, message):
 
 
 @pytest.mark.parametrize(('kind', 'value'), [('int8', 127 * LARGE), ('int4', LARGE), ('int4', -LARGE)])
-def test_the_largest_values_are_reached(kind, value):
+@pytest.mark.parametrize('search', [False, True])
+def test_the_largest_values_are_reached(kind, value, search):
     x = np.zeros((1, 32), np.float32)
     x[0, 5] = value
-    np.testing.assert_allclose(decode(encode(x, kind)), x, atol=abs(value) / 2000)
+    np.testing.assert_allclose(decode(encode(x, kind, search=search)), x, atol=abs(value) / 2000)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([0, 1]), magnitudes, st.lists(elements, min_size=64, max_size=64))
+def test_a_scale_that_is_searched_for_is_never_worse(group_axis, magnitude, values):
+    """In no group, by the sum of squares; and it stays one of the eight, so that no weight is off by more than half of it."""
+    x = (magnitude * np.array(values, np.float64)).astype(np.float32).reshape(2, 32)
+    stored = [encode(x if group_axis == 1 else np.ascontiguousarray(x.T), 'int8', group_axis, search) for search in (False, True)]
+    found = [decode(s).astype(np.float64) if group_axis == 1 else decode(s).T.astype(np.float64) for s in stored]
+    errors = [np.square(f - x).sum(axis=1) for f in found]
+    assert (errors[1] <= errors[0] * (1 + 1e-4) + 1e-90).all()  # each is found in float32
+    peak, scale = np.abs(x).max(axis=1), stored[1].scale.astype(np.float64).ravel()
+    assert (np.abs(found[1] - x).max(axis=1) <= scale * (0.5 + 1e-5)).all()
+    assert (scale <= peak / 120 * (1 + 2.0 ** -9) + SMALL).all()
+
+
+@pytest.mark.parametrize('group_axis', [0, 1])
+def test_weights_on_a_grid_are_found_again(group_axis):
+    """The largest is 123 steps: rounded plainly nothing fits, with the scale that is searched for all of it."""
+    x = (np.random.default_rng(0).integers(-122, 123, (32, 32)) * 0.25).astype(np.float32)
+    np.fill_diagonal(x, 123 * 0.25)
+    assert np.abs(decode(encode(x, 'int8', group_axis)) - x).max() > 0.05
+    np.testing.assert_array_equal(decode(encode(x, 'int8', group_axis, search=True)), x)
 
 
 def test_shapes_that_do_not_fit_are_refused():

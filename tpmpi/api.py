@@ -147,6 +147,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         _close_carrier(comm)  # of a model that was loaded before
         if comm.shared is not None:
             comm.shared.close()
+            comm.shared = None
         comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
         comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size)
         atexit.register(_close_carrier, comm)

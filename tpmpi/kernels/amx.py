@@ -45,14 +45,16 @@ POWER = (1.0000000716546014, 0.6931469670622141, 0.24022119724106966, 0.05550713
          0.0013276470648653786)
 
 
+def emit_tile(e: Emit, name: str, *tiles: int, address=()) -> None:
+    """An instruction on tile registers; address: none, or one, and a stride where it takes that."""
+    address = [e.b.inttoptr(a, I8.as_pointer()) for a in address[:1]] + [*address[1:]]
+    e.call(name, *(I8(t) for t in tiles), *address, result=ir.VoidType())
+
+
 def _tile_instruction(name: str, *tiles: int, arguments: int = 0):
     """op(registers, …): LLVM's intrinsic on tile registers; the other arguments are int64, the first of them an address."""
     def emit(context, builder, signature, args):
-        values = [I8(t) for t in tiles]
-        if arguments:
-            values += [builder.inttoptr(args[1], I8.as_pointer()), *args[2:]]
-        kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
-        builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
+        emit_tile(Emit(builder), name, *tiles, address=args[1:])
         return context.get_dummy_value()
 
     if arguments == 0:
@@ -173,26 +175,17 @@ def multiply_bytes(e: Emit, rows: int, x, w, sums, planes: int) -> None:
 
     w is unsigned; so are the planes of x but the first, which is signed.
     """
-    b, first = e.b, 0 if rows == TILE_ROWS else 3
     if MATRIX_UNITS == 'emulated':
         for plane in range(planes):
             _emulated_bytes(e, rows, e.at(x, plane * TILE_ROWS * GROUP), w, e.at(sums, plane * TILE), plane == 0)
         return
-
-    def call(name, *values):
-        values = [I8(v) if isinstance(v, int) else v for v in values]
-        kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
-        b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), values)
-
-    def pointer(address):
-        return b.inttoptr(address, I8.as_pointer())
-
-    call('llvm.x86.tileloadd64', 6, pointer(w), I64(ROW))
+    first = 0 if rows == TILE_ROWS else 3
+    emit_tile(e, 'llvm.x86.tileloadd64', 6, address=(w, I64(ROW)))
     for plane in range(planes):
-        call('llvm.x86.tilezero', first + plane)
-        call('llvm.x86.tileloadd64', first + 2, pointer(e.at(x, plane * TILE_ROWS * GROUP)), I64(GROUP))
-        call('llvm.x86.tdpbuud' if plane else 'llvm.x86.tdpbsud', first + plane, first + 2, 6)
-        call('llvm.x86.tilestored64', first + plane, pointer(e.at(sums, plane * TILE)), I64(ROW))
+        emit_tile(e, 'llvm.x86.tilezero', first + plane)
+        emit_tile(e, 'llvm.x86.tileloadd64', first + 2, address=(e.at(x, plane * TILE_ROWS * GROUP), I64(GROUP)))
+        emit_tile(e, 'llvm.x86.tdpbuud' if plane else 'llvm.x86.tdpbsud', first + plane, first + 2, 6)
+        emit_tile(e, 'llvm.x86.tilestored64', first + plane, address=(e.at(sums, plane * TILE), I64(ROW)))
 
 
 def _emulated_bytes(e: Emit, rows: int, x, w, sums, signed: bool) -> None:

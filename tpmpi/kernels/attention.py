@@ -191,7 +191,6 @@ def _attention(kind: str):
                     LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
         put_rows(oa, wide, factors, b, first_row, head, heads)
         keep(q)
-        keep(b)
 
     @helper
     def share(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, t, threads):

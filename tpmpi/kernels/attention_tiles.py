@@ -113,7 +113,6 @@ def _attention(parts: int):
                 at += steps * TILE_K
         put_rows(oa, dim, factors, b, first_row, head, heads)
         keep(q)
-        keep(b)
 
     @helper
     def share(q, k, v, groups, table, blocks, block, window, scale, cap, sinks, b, t, threads):
