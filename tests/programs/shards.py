@@ -1,6 +1,7 @@
 """On every rank: run the models on their shards, and save on rank 0 what a test compares with one that has no shards.
 
-arguments: OUT.npz MODEL.h5 …; the last line printed is JSON: for each model the MPI calls of one decode step.
+arguments: OUT.npz messages|shared MODEL.h5 …: how sums go, where shared memory takes even the smallest of C and of E; the last
+line printed is JSON: for each model the MPI calls of one decode step.
 """
 
 import json
@@ -11,6 +12,7 @@ import numpy as np
 from mpi4py import MPI
 from rings import cache_and_rings, step_of
 
+from tpmpi import shared_sums
 from tpmpi.checkpoint import CheckpointReader
 from tpmpi.comm import Communicator
 from tpmpi.kernels import reference as ops
@@ -39,10 +41,13 @@ class Counted:
         return call
 
 
-def run(path, counted):
+def run(path, counted, way):
     comm = Communicator(counted)
     with CheckpointReader(path) as reader:
         config = reader.config
+        if way == 'shared':
+            shared_sums.LEAST = 1
+            comm.shared = shared_sums.share(MPI.COMM_WORLD, 4 * config.hidden_size * len(TOKENS))
         model = load_model(reader, shard(config, comm.rank, comm.size), ops, verify=True)
     cache, rings = cache_and_rings(model, [8] * len(model.groups), 8, ops)
     parts, calls = [], []
@@ -54,13 +59,15 @@ def run(path, counted):
         parts.append(logits(hidden, model, ops))
     gathered = MPI.COMM_WORLD.gather((np.concatenate(parts), model.nbytes))
     assert all(np.array_equal(h, hidden) for h in MPI.COMM_WORLD.allgather(hidden)), 'ranks differ after the all-reduce'
+    if comm.shared is not None:
+        comm.shared.close()
     return gathered, calls
 
 
-def main(out, *paths):
+def main(out, way, *paths):
     counted, results, report = Counted(), {}, {}
     for path in paths:
-        gathered, calls = run(path, counted)
+        gathered, calls = run(path, counted, way)
         name = Path(path).stem
         if MPI.COMM_WORLD.rank == 0:
             results[name] = np.concatenate([part for part, _ in gathered], axis=1)
