@@ -42,12 +42,12 @@ def _attention(parts: int):
     def multiply(tiles, x, x_part, x_row, row_tiles, w, w_panel, w_step, w_row, panels, steps, out, out_row, first, also):
         """out (+)= x · w for whole tiles of rows and pairs of panels.
 
-        also: where as many bytes lie, one after another, that will be needed next, or 0; they are asked for meanwhile.
+        also: where as many bytes lie that will be needed next, or 0; they are asked for meanwhile.
         """
         for p in range(0, panels, 2):
             for m in range(0, row_tiles, 2):
                 to, at = out + m * TILE_ROWS * out_row + p * ROW, w + p * w_panel
-                soon, pairs = also + p * steps * TILE, TILE // LINE if m == 0 and also else 0
+                soon, pairs = also + p * w_panel, TILE // LINE if m == 0 and also else 0
                 if m + 1 < row_tiles:
                     two(tiles, x + m * x_row, x_part, x_row, at, 0, w_panel, w_step, w_row, steps, to, out_row, first, soon,
                         soon + LINE, pairs, 2 * LINE, 0)
@@ -66,12 +66,12 @@ def _attention(parts: int):
                 target[j] = source[j] & mask
 
     @inlined
-    def attend_block(tiles, q, k, v, next_k, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs,
-                     pieces, xa, sa, pa, oa, fa, edge, b):
+    def attend_block(tiles, q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, pieces, xa,
+                     sa, pa, oa, fa, edge, b):
         """`rows` queries from row first_row and position `position` on, all heads that read one KV head.
 
-        k, v: where that one's begin; next_k: where those lie that will be needed after V, or 0; xa, sa, pa, oa, fa, edge: room
-        for Q and the exponentials in tiles, scores, sums, factors and a tile's part of V.
+        k, v: where that one's begin; xa, sa, pa, oa, fa, edge: room for Q and the exponentials in tiles, scores, sums,
+        factors and a tile's part of V.
         """
         dim, m = q.shape[2], rows * heads
         row_tiles, dim_steps = -(-m // TILE_ROWS), dim // TILE_K
@@ -99,15 +99,13 @@ def _attention(parts: int):
             at, end = slot // TILE_K * TILE_K, last // TILE_K * TILE_K
             x_at = pa + column // TILE_K * TILE
             while at < last:
-                steps, w, also = 1, edge, 0
-                if next_k:
-                    also = next_k + at * 2 * dim
+                steps, w = 1, edge
                 if at >= slot and at < end:  # whole steps
                     steps, w = (end - at) // TILE_K, v + at * 2 * dim
                 else:
                     some_of(v + at * 2 * dim, dim, at, slot, last, edge)
                 multiply(tiles, x_at, row_tiles * p_row, p_row, row_tiles, w, ROW, TILE_K * 2 * dim, 4 * dim, dim // LANES, steps,
-                         oa, 4 * dim, first, also)
+                         oa, 4 * dim, first, 0)
                 first = False
                 x_at += steps * TILE
                 at += steps * TILE_K
@@ -141,11 +139,7 @@ def _attention(parts: int):
             for at in range(0, rows, each_block):
                 for group in range(len(groups)):
                     if task % threads == t:
-                        here = k.ctypes.data + group * k_head
-                        next_k = here + k_head if rows == 1 and group + 1 < len(groups) else 0
-                        if rows == 1 and group + 1 == len(groups) and i + 1 < len(table):
-                            next_k = k.ctypes.data + (blocks[table[i + 1, 4]] - ring[0]) * block * 2 * dim
-                        attend_block(tiles, q, here, v.ctypes.data + group * v_head, next_k, groups[group, 0],
+                        attend_block(tiles, q, k.ctypes.data + group * k_head, v.ctypes.data + group * v_head, groups[group, 0],
                                      groups[group, 1] - groups[group, 0], min(each_block, rows - at), row + at, start + at,
                                      oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, fa, edge, b)
                     task += 1
