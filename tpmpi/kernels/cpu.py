@@ -35,7 +35,7 @@ STREAM_K = 1000  # rows of what `stream` takes for a matrix: streams that lie po
 EVERYWHERE = 1 << 62  # a window that hides nothing
 FEW_TOKENS = 8  # go to all their experts at once
 BYTES_FROM = 6  # rows on, that integer weights meet in tiles: of fewer, vectors read memory faster
-BYTES_OF_ONE = 16  # rows of one expert that are worth a call of their own, if they meet its weights in tiles of bytes
+BYTES_OF_ONE = 24  # rows of one expert that are worth a call of their own, x in 16 bits and weights of integers
 ROWS_TOGETHER = 1024  # of several experts that are computed at once: a bound of memory
 SHARED_ROWS = 16  # of norms and activations
 NOTHING = np.empty(0, np.float32)  # for a kernel: no bias
@@ -308,8 +308,7 @@ class Kernels:
         experts = len(starts) - 1
         if tokens < FEW_TOKENS:
             return [(0, experts)]
-        limit = max((BYTES_OF_ONE if kind in self.bytes else self.units[kind].fewest for kind in kinds & set(self.units)),
-                    default=ROWS_TOGETHER)
+        limit = max(map(self._rows_of_one, kinds & set(self.units)), default=ROWS_TOGETHER)
         runs, first = [], 0
         starts = starts.tolist()
         for i in range(experts):
@@ -320,6 +319,11 @@ class Kernels:
                 runs.append((i, i + 1))
                 first = i + 1
         return [run for run in [*runs, (first, experts)] if starts[run[0]] < starts[run[1]]]
+
+    def _rows_of_one(self, kind: str) -> int:
+        """Of an expert that is better computed by itself, in the matrix units."""
+        fewest = self.units[kind].fewest
+        return min(fewest, BYTES_OF_ONE) if kind in self.bytes and not self.coarse else fewest
 
     def _each(self, x, weights: Weight, starts, first: int, last: int):
         """The rows of experts first … last - 1, each times its expert's matrix."""
