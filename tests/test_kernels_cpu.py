@@ -354,15 +354,34 @@ def test_a_cpu_without_vector_extensions_is_slower_and_never_wrong(models, tmp_p
     np.testing.assert_allclose(logprobs(generic), logprobs(here), atol=1e-4)
 
 
-def test_one_rank_compiles_and_says_so_and_the_next_run_compiles_nothing(models, tmp_path):
+def test_children_compile_each_kernel_once_and_the_next_run_compiles_nothing(models, tmp_path):
     path, cache = models['literal'][0], str(tmp_path)
     _, first = answer(path, 'float32', size=3, TPMPI_CACHE_DIR=cache)
     files = sorted(Path(tmp_path).rglob('*.nbc'))
-    assert first.count('compiling') <= 1 and files
+    assert first.count('compiling') == 1 and files
+    assert {f.suffix for f in Path(tmp_path).rglob('*') if f.is_file()} <= {'.nbc', '.nbi', '.built', '.works', '.fails'}
     stamps = [f.stat().st_mtime_ns for f in files]
     _, second = answer(path, 'float32', size=2, TPMPI_CACHE_DIR=cache)
     assert 'compiling' not in second
     assert sorted(Path(tmp_path).rglob('*.nbc')) == files and [f.stat().st_mtime_ns for f in files] == stamps
+
+
+COMPILED_HERE = '''
+import sys
+from tpmpi import api
+from tpmpi.kernels import jit, elementwise
+if sys.argv[2] == 'no children':
+    jit.CHILD = 'import os; os.abort()'
+api.load(sys.argv[1])
+print(sum(elementwise.rms_norm.stats.cache_misses.values()))
+'''
+
+
+@pytest.mark.parametrize(('children', 'misses'), [('as they are', '0'), ('no children', '1')])
+def test_a_rank_compiles_nothing_itself_unless_its_children_die(models, tmp_path, children, misses):
+    env = environment(TPMPI_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, '-c', COMPILED_HERE, models['literal'][0], children], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == misses, done.stderr
 
 
 def test_without_numba_the_reference_kernels_run_with_one_warning(models, tmp_path):

@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from tpmpi import session as sessions
 from tpmpi.config import ConfigError, RunConfig
 
 DEFAULT_NEW_TOKENS = 128
+MOST_COMPILERS = 4  # at once on a node: the kernel that takes longest is a third of all
 
 log = logging.getLogger(__name__)
 
@@ -249,16 +251,18 @@ def _close_carrier(comm) -> None:
 
 
 def _kernels(session, run: RunConfig, device, config, kinds: set[str]):
-    """The kernel set of this run, ready: one rank of each node compiles what its cache lacks, the others wait."""
+    """The kernel set of this run, ready: children of the ranks of each node share the compiling of what its cache lacks."""
     ops = session.agreed(_choose_kernels, session, run, device)
     if not hasattr(ops, 'needed'):
         return ops
     needed = ops.needed(config, sorted(kinds), run.kv_dtype)
-    if session.local_rank == 0 and ops.missing(needed):
-        log.info('compiling kernels for this CPU, once, into %s: about half a minute', ops.folder)
-        session.agreed(ops.build, needed)
-    else:
-        session.comm.agree(None)
+    if any(session.comm.exchange(ops.missing(needed))):
+        if session.comm.rank == 0:
+            log.info('compiling kernels for this CPU, once, into %s: about half a minute', ops.folder)
+        ticket = f'{session.host}-{session.comm.share(secrets.token_hex(4))}'
+        before = session.local_rank * session.threads  # children of this node's other ranks
+        children = max(0, min(session.threads, MOST_COMPILERS - before))
+        session.agreed(ops.compile_missing, needed, children, ticket)
     session.agreed(ops.build, needed)
     return ops
 

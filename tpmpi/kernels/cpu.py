@@ -91,6 +91,7 @@ class Kernels:
         return found
 
     missing, build, folder = staticmethod(jit.missing), staticmethod(jit.build), jit.FOLDER
+    compile_missing = staticmethod(jit.compile_missing)
 
     # ---- weights
 

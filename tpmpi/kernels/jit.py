@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import os
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import llvmlite
@@ -82,6 +84,40 @@ def missing(kernels) -> int:
     return sum(not _mark(dispatcher).exists() for dispatcher in kernels)
 
 
+CHILD = 'from tpmpi.kernels import jit; jit.compile_claimed()'
+
+
+def compile_missing(kernels, processes: int, ticket: str) -> None:
+    """Compile what the cache lacks, in child processes: what a compiler takes of memory is given back when they end.
+
+    ticket: a name of this build, the same in all the processes that share it, each of which begins `processes` children.
+    A kernel that no child could compile is left for `build`, which then says why.
+    """
+    names = [f'{k.py_func.__module__}:{k.py_func.__name__}' for k in kernels if not _mark(k).exists()]
+    if not names:
+        return
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    env = os.environ | {'TPMPI_MATRIX_UNITS': MATRIX_UNITS, 'TPMPI_CACHE_DIR': str(FOLDER.parent),
+                        'PYTHONPATH': os.pathsep.join(path)}
+    children = [subprocess.Popen([sys.executable, '-c', CHILD, ticket, *names], env=env, stdin=subprocess.PIPE,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(processes)]
+    for child in children:
+        child.wait()  # which ends at once if this process does: its standard input is then closed
+        child.stdin.close()
+
+
+def compile_claimed() -> None:
+    """The child: compile those of the kernels named on the command line that no other child has begun."""
+    threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()
+    ticket, *names = sys.argv[1:]
+    for module, name in (name.split(':') for name in names):
+        claim = FOLDER / f'{name}.{ticket}'
+        with contextlib.suppress(FileExistsError):
+            claim.touch(exist_ok=False)
+            build([getattr(importlib.import_module(module), name)])
+            claim.unlink()
+
+
 def _mark(dispatcher) -> Path:
     """A file that says that the machine code of a kernel is whole."""
     return FOLDER / f'{dispatcher.py_func.__name__}.built'
@@ -115,7 +151,9 @@ def cache_folder(environ=os.environ) -> Path:
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
             (private / name).mkdir(exist_ok=True)
             return private / name
-    return Path(tempfile.mkdtemp(prefix='tpmpi-'))
+    folder = Path(tempfile.mkdtemp(prefix='tpmpi-'), name)
+    folder.mkdir()
+    return folder
 
 
 CHECK = 'from tpmpi.kernels.matrix_units import self_check; raise SystemExit(not self_check())'
@@ -140,7 +178,10 @@ def granted_units(environ=os.environ) -> str:
 
 
 def units_work() -> bool:
-    """Whether a child process, which a wrong instruction may kill, got right products from the units; kept beside the code."""
+    """Whether a child process, which a wrong instruction may kill, got right products in tiles; kept beside the code.
+
+    The other units are vector instructions, which a system grants with AVX-512 or not at all.
+    """
     works, fails = (FOLDER / f'{MATRIX_UNITS}.{word}' for word in ('works', 'fails'))
     if not works.exists() and not fails.exists():
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
@@ -152,7 +193,7 @@ def units_work() -> bool:
 
 MATRIX_UNITS = granted_units()
 FOLDER = cache_folder()
-if os.environ.get('TPMPI_MATRIX_UNITS', 'auto') == 'auto' and MATRIX_UNITS != 'none' and not units_work():
+if os.environ.get('TPMPI_MATRIX_UNITS', 'auto') == 'auto' and MATRIX_UNITS == 'amx' and not units_work():
     MATRIX_UNITS = 'none'
     FOLDER = cache_folder()
 # whether vectors of pairs of bfloat16 are multiplied by an instruction: beside tiles, or alone
