@@ -123,8 +123,8 @@ def _emulated(name: str, *t: int):
     def nothing_at(registers, address):
         pass
 
-    return {'tilezero': zero, 'tileloadd64': load, 'tilestored64': store, 'tdpbf16ps': dot, 'ldtilecfg': nothing_at,
-            'tilerelease': nothing}[name]
+    return {'tilezero': zero, 'tileloadd64': load, 'tileloaddt164': load, 'tilestored64': store,
+            'tdpbf16ps': dot, 'ldtilecfg': nothing_at, 'tilerelease': nothing}[name]
 
 
 def _instruction(name: str, *tiles: int, arguments: int = 0):
@@ -136,6 +136,7 @@ def _instruction(name: str, *tiles: int, arguments: int = 0):
 _configure, release = _instruction('ldtilecfg', arguments=1), _instruction('tilerelease')
 zero0, zero1, zero2, zero3 = (_instruction('tilezero', t) for t in range(4))
 load0, load1, load2, load3, load4, load5, load6, load7 = (_instruction('tileloadd64', t, arguments=2) for t in range(8))
+pass4, pass5 = (_instruction('tileloaddt164', t, arguments=2) for t in (4, 5))  # which leave the nearest cache as it is
 store0, store1, store2, store3 = (_instruction('tilestored64', t, arguments=2) for t in range(4))
 dot0, dot1, dot2, dot3 = (_instruction('tdpbf16ps', *t) for t in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)))
 
@@ -314,14 +315,16 @@ def rows_in_tiles(count: int):
 # ---- products
 
 
-def tile_blocks(x_parts: int, w_parts: int):
+def tile_blocks(x_parts: int, w_parts: int, x_passes: bool = False):
     """(two, one): out = two tiles' rows, or one's, of x times two panels; added to out where not `first`.
 
     All are addresses, and strides in bytes: of x between parts and between rows of tiles; of w between parts, panels, steps
     of 32 along k, and the tile's own rows; of out between rows.  Meanwhile they ask for what comes next: for so many
     lines of weights in each step, so many bytes apart, from two places, and for the rows of `next_out`, if that is not 0.
+    x_passes: the nearest cache is left to two panels of one part, and x comes from the second each time.
     """
     most = max(x_parts, w_parts)
+    load_x, load_below = (pass4, pass5) if x_passes else (load4, load5)
 
     @inlined
     def two(registers, x, x_part, x_row, w, w_part, w_panel, w_step, w_row, steps, out, out_row, first, next_w, other_w, lines,
@@ -345,13 +348,17 @@ def tile_blocks(x_parts: int, w_parts: int):
                 prefetch_to_write(next_out + i * out_row)
                 prefetch_to_write(next_out + i * out_row + LINE)
             for p in range(w_parts):
+                at = x + step * TILE
+                load_x(registers, at, ROW)
+                load_below(registers, at + x_row, ROW)
                 at = w + p * w_part + step * w_step
                 load6(registers, at, w_row)
                 load7(registers, at + w_panel, w_row)
                 for q in range(min(x_parts, most - p)):  # products of two low parts are left out
-                    at = x + q * x_part + step * TILE
-                    load4(registers, at, ROW)
-                    load5(registers, at + x_row, ROW)
+                    if q > 0:
+                        at = x + q * x_part + step * TILE
+                        load_x(registers, at, ROW)
+                        load_below(registers, at + x_row, ROW)
                     dot0(registers)
                     dot1(registers)
                     dot2(registers)

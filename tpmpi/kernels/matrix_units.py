@@ -102,7 +102,7 @@ def tile_product(kind: str, x_parts: int, w_parts: int, gated: bool = False):
 
     gated: y are tiles, silu(gate) * up, the outputs of the first half of w being gates: what W^D takes, without a detour.
     """
-    two, one = tile_blocks(x_parts, w_parts)
+    two, one = tile_blocks(x_parts, w_parts, x_passes=w_parts == 1)
     widened = kind != 'bfloat16'
     x_bytes = WIDENED_X_BYTES if widened else X_BYTES
     widen = widen_panel(kind, w_parts) if widened else None
