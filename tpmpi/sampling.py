@@ -90,18 +90,20 @@ def gumbel_noise(seed: int, request: int, position: int, ids: range) -> np.ndarr
     return -np.log(-np.log(uniform))
 
 
-def penalize(logits: np.ndarray, vocab: range, history: Sequence[int], penalty: float) -> np.ndarray:
+def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Make tokens seen before less likely: divide a positive logit by the penalty, multiply a negative one.
 
-    (Keskar et al. 2019.)  logits: [vocab/n], not changed; history: ids of the prompt and of all generated tokens.
+    (Keskar et al. 2019.)  logits: [n], not changed; seen: which of them, each once.
     """
-    if penalty == 1:
+    if penalty == 1 or len(seen) == 0:
         return logits
-    seen = np.unique(np.asarray(history, np.int64))
-    seen = seen[(seen >= vocab.start) & (seen < vocab.stop)] - vocab.start
     logits = logits.copy()
-    logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    logits[seen] = _paid(logits[seen], np.float32(penalty), np)
     return logits
+
+
+def _paid(logits, penalty, xp):
+    return xp.where(logits > 0, logits / penalty, logits * penalty)
 
 
 class Draw(NamedTuple):
@@ -117,19 +119,33 @@ class Draw(NamedTuple):
         return (self.params.top_k or FIRST_CANDIDATES) if self.params.filtered else 1
 
     @property
-    def ordered(self) -> bool:
-        """The candidates are the largest logits themselves, whatever divides all of them."""
-        return self.params.repetition_penalty == 1 and (self.params.filtered or not self.params.temperature)
+    def perturbed(self) -> bool:
+        """The candidate is the largest perturbed logit."""
+        return self.params.temperature > 0 and not self.params.filtered
+
+    @property
+    def penalized(self) -> bool:
+        """The logits are changed before all else."""
+        return self.params.repetition_penalty != 1
 
     @property
     def divisor(self) -> float:
-        """What the logits are divided by."""
-        return self.params.temperature or 1.0
+        """What the logits are divided by before the largest are candidates."""
+        return self.params.temperature if self.params.filtered else 1.0
 
     @property
     def plain(self) -> bool:
         """The most probable token, and nothing else is asked."""
         return not self.params.temperature and not self.params.logprobs and self.params.repetition_penalty == 1
+
+    def seen(self, vocab: range) -> np.ndarray:
+        """The columns of these tokens that the text so far has, ascending."""
+        ids = np.unique(np.asarray(self.history, np.int64))
+        return ids[(ids >= vocab.start) & (ids < vocab.stop)] - vocab.start
+
+    def noise(self, vocab: range) -> np.ndarray:
+        """Gumbel noise for this choice."""
+        return gumbel_noise(self.params.seed, self.request, len(self.history), vocab)
 
     @property
     def open(self) -> bool:
@@ -137,30 +153,90 @@ class Draw(NamedTuple):
         return self.params.filtered and not self.params.top_k
 
 
+class Best(NamedTuple):
+    """The largest numbers of a row over a divisor, largest first, equal ones by lower column, and the log-sum-exp of all."""
+
+    total: float
+    values: np.ndarray  # before the division
+    columns: np.ndarray
+
+
 class Rows:
     """This rank's logits of some rows.  Of those on a device, as little as will do comes to the host.
 
-    Where the largest of each row are the candidates, these come, of all rows in one copy; otherwise the whole row does.
+    The largest of each row come, of all rows in one copy.  Where others can be chosen beside them, for the noise that they
+    get, those that can come too: a logit below the last of the largest is chosen only if its noise is above all that one
+    lacks.  Penalties are paid on the device.  More candidates than the device sorts are the only reason for a whole row.
     """
 
-    def __init__(self, logits, draws: Sequence[Draw], ops):
-        self.logits, self.ops, self.width = logits, ops, logits.shape[1]
-        self.found: dict[tuple[int, float], tuple[float, np.ndarray, np.ndarray]] = {}  # by row and divisor, see `best`
+    def __init__(self, logits, draws: Sequence[Draw], vocab: range, ops):
+        self.logits, self.draws, self.vocab, self.ops, self.width = logits, draws, vocab, ops, logits.shape[1]
+        self.found: dict[tuple[int, float, bool], Best] = {}  # by row, divisor, and whether penalties are paid
         self.copied: dict[int, np.ndarray] = {}
+        self.raw: dict[int, np.ndarray] = {}  # of penalized rows, the logits in the columns found
+        self.chosen: dict[int, np.ndarray] = {}  # of perturbed rows, see `perturbed`
         if isinstance(logits, np.ndarray):
             self.copied = dict(enumerate(logits))
-            self.found = {(row, 1.0): (total, *NOTHING) for row, total in enumerate(ops.log_sum_exp(logits))}
+            self.found = {(row, 1.0, False): Best(total, *NOTHING) for row, total in enumerate(ops.log_sum_exp(logits))}
         elif self.width:
-            count = max(max(d.params.logprobs, d.candidates if d.ordered else 1) for d in draws)
-            self._fetch(np.ones(len(draws)), count)
-            if any(d.divisor != 1 for d in draws if d.ordered):
-                self._fetch(np.array([d.divisor for d in draws]), count)
+            self._from_device()
 
-    def _fetch(self, divisors: np.ndarray, count: int) -> None:
-        """The largest of all rows, from the device."""
-        found = self.ops.best(self.logits, min(count, self.ops.BEST_AT_MOST), None if (divisors == 1).all() else divisors)
-        for row, (divisor, *best) in enumerate(zip(divisors.tolist(), *found, strict=True)):
-            self.found[row, divisor] = tuple(best)
+    # ---- on a device
+
+    def _from_device(self) -> None:
+        draws, everything = self.draws, range(len(self.draws))
+        count = max(max(d.params.logprobs, FIRST_CANDIDATES if d.perturbed else d.candidates) for d in draws)
+        self._fetch(self.logits, everything, False, [1.0] * len(draws), count)
+        if any(d.divisor != 1 and not d.penalized for d in draws):
+            self._fetch(self.logits, everything, False, [d.divisor for d in draws], count)
+        penalized = [row for row in everything if draws[row].penalized]
+        if penalized:
+            self._fetch(self._penalties_paid(penalized), penalized, True, [draws[row].divisor for row in penalized], count)
+        columns = {row: self.found[row, draws[row].divisor, True].columns for row in penalized}
+        noises = {row: self._could_be_chosen(row) for row in everything if draws[row].perturbed}
+        values = self._some([*columns.items(), *((row, at) for row, (at, _) in noises.items())])
+        self.raw = dict(zip(columns, values, strict=False))
+        for (row, (at, noise)), logits in zip(noises.items(), values[len(columns):], strict=True):
+            self.chosen[row] = self._largest_perturbed(row, at, logits, noise)
+
+    def _fetch(self, matrix, rows: Sequence[int], paid: bool, divisors: Sequence[float], count: int) -> None:
+        """The largest of the rows of a matrix on the device."""
+        found = self.ops.best(matrix, min(count, self.ops.BEST_AT_MOST), None if set(divisors) == {1} else np.array(divisors))
+        for row, divisor, *best in zip(rows, divisors, *found, strict=True):
+            self.found[row, divisor, paid] = Best(*best)
+
+    def _penalties_paid(self, rows: Sequence[int]):
+        """A copy of some rows on the device, as `penalize` changes them.  [rows, vocab/n]"""
+        seen = [self.draws[row].seen(self.vocab) for row in rows]
+        matrix = self.logits[self.ops.asarray(np.array(rows))]
+        if sum(map(len, seen)):
+            at = self.ops.asarray(np.repeat(np.arange(len(rows)), [len(s) for s in seen])), self.ops.asarray(np.concatenate(seen))
+            penalty = [self.draws[row].params.repetition_penalty for row in rows]
+            penalty = self.ops.asarray(np.repeat(np.array(penalty, np.float32), [len(s) for s in seen]))
+            matrix[at] = _paid(matrix[at], penalty, self.ops.namespace(matrix))
+        return matrix
+
+    def _could_be_chosen(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Columns of which one has the largest perturbed number of a row, and the noise of each."""
+        draw = self.draws[row]
+        noise, best = draw.noise(self.vocab), self.found[row, 1.0, draw.penalized]
+        scaled = best.values / np.float32(draw.params.temperature)
+        enough = (scaled + noise[best.columns]).max() - scaled[-1]  # noise with which the last, and any below it, would win
+        could = noise >= enough - 1e-6 if len(best.columns) < self.width else np.zeros(self.width, bool)
+        could[best.columns] = True
+        columns = np.flatnonzero(could)
+        return columns, noise[columns]
+
+    def _some(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        """The logits of some rows in some columns, in one copy."""
+        if not wanted:
+            return []
+        ends = np.cumsum([len(columns) for _, columns in wanted])
+        rows = np.repeat([row for row, _ in wanted], [len(columns) for _, columns in wanted])
+        columns = np.concatenate([columns for _, columns in wanted])
+        return np.split(self.logits[self.ops.asarray(rows), self.ops.asarray(columns)].get(), ends[:-1])
+
+    # ---- wherever they are
 
     def whole(self, row: int) -> np.ndarray:
         """All logits of a row.  [vocab/n]"""
@@ -168,19 +244,49 @@ class Rows:
             self.copied[row] = self.logits[row].get()
         return self.copied[row]
 
-    def best(self, row: int, divisor: float, count: int) -> tuple[float, np.ndarray, np.ndarray]:
-        """Of a row over a divisor the log-sum-exp, and of its `count` largest numbers the logits, and the columns.
+    def most(self, row: int, count: int) -> Best:
+        """The most probable tokens."""
+        return self._best(row, 1.0, count, False)
 
-        Largest first, equal ones by lower column; all there are where these are fewer.
+    def candidates(self, row: int, count: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """The log-sum-exp of a row's scores, and of its `count` largest the columns, the logits and the scores themselves.
+
+        The scores are the logits after the penalty and the temperature.
         """
-        total, values, columns = self.found.get((row, divisor), (None, *NOTHING))
-        if total is None or len(columns) < min(count, self.width):
+        draw = self.draws[row]
+        total, scores, columns = self._best(row, draw.divisor, count, draw.penalized)
+        logits = scores
+        if draw.penalized:
+            logits = self.raw[row][:count] if row in self.raw and len(columns) <= len(self.raw[row]) else self.whole(row)[columns]
+        return total, columns, logits, scores if draw.divisor == 1 else scores / np.float32(draw.divisor)
+
+    def perturbed(self, row: int) -> np.ndarray:
+        """The column of the largest perturbed score of a row, its logit, score and noise.  [0 or 1, 4]"""
+        if self.width == 0:
+            return np.empty((0, 4))
+        if row not in self.chosen:
+            noise = self.draws[row].noise(self.vocab)
+            self.chosen[row] = self._largest_perturbed(row, np.arange(self.width), self.whole(row), noise)
+        return self.chosen[row]
+
+    def _largest_perturbed(self, row: int, columns: np.ndarray, logits: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        draw = self.draws[row]
+        seen = np.flatnonzero(np.isin(columns, draw.seen(self.vocab))) if draw.penalized else NOTHING[1]
+        scores = penalize(logits, seen, draw.params.repetition_penalty) / np.float32(draw.params.temperature)
+        _, (at,) = self.ops.top_k(scores + noise, 1)
+        return np.array([[columns[at], logits[at], scores[at], noise[at]]])
+
+    def _best(self, row: int, divisor: float, count: int, paid: bool) -> Best:
+        found = self.found.get((row, divisor, paid))
+        if found is None or len(found.columns) < min(count, self.width):
             x = self.whole(row)
+            if paid:
+                x = penalize(x, self.draws[row].seen(self.vocab), self.draws[row].params.repetition_penalty)
             scaled = x if divisor == 1 else x / np.float32(divisor)
-            total = self.ops.log_sum_exp(scaled[None])[0] if total is None else total
+            total = self.ops.log_sum_exp(scaled[None])[0] if found is None else found.total
             _, columns = self.ops.top_k(scaled, count)
-            values = x[columns]
-        return total, values[:count], columns[:count]
+            found = Best(total, x[columns], columns)
+        return Best(found.total, found.values[:count], found.columns[:count])
 
 
 class Sampler:
@@ -200,7 +306,7 @@ class Sampler:
             totals, values, columns = most_probable(logits, self.ops)
             self.waited = 0.0 if isinstance(logits, np.ndarray) else perf_counter() - start
             return self._most_probable(totals, values, columns)
-        local = Rows(logits, draws, self.ops)
+        local = Rows(logits, draws, self.vocab, self.ops)
         self.waited = 0.0 if isinstance(logits, np.ndarray) else perf_counter() - start
         chosen: list[Choice | None] = [None] * len(draws)
         rows, counts = list(range(len(draws))), [draw.candidates for draw in draws]
@@ -239,27 +345,19 @@ class Sampler:
 
         Behind them the most probable ones, whose log-probabilities are asked for.
         """
-        params, noise = draw.params, None
-        if params.temperature > 0:
-            noise = gumbel_noise(params.seed, draw.request, len(draw.history), self.vocab)
-        total, most, most_columns = local.best(row, 1.0, params.logprobs)
-        if draw.ordered:
-            total_scaled, logits, columns = local.best(row, draw.divisor, count)
-            scaled = logits / np.float32(draw.divisor)
+        params = draw.params
+        total, most, most_columns = local.most(row, params.logprobs)
+        if draw.perturbed:
+            total_scaled, found = total, local.perturbed(row)
         else:
-            logits = local.whole(row)
-            scaled = penalize(logits, self.vocab, draw.history, params.repetition_penalty)
-            if params.temperature > 0:
-                scaled = scaled / np.float32(params.temperature)
-            total_scaled = self.ops.log_sum_exp(scaled[None])[0] if params.filtered else total  # what a nucleus is measured by
-            key = scaled if noise is None or params.filtered else scaled + noise
-            _, columns = self.ops.top_k(key, count)
-            logits, scaled = logits[columns], scaled[columns]
+            total_scaled, columns, logits, scores = local.candidates(row, count)
+            noise = draw.noise(self.vocab)[columns] if params.temperature > 0 else np.zeros(len(columns))
+            found = np.stack((columns, logits, scores, noise), axis=1)
         message = np.full((1 + count + params.logprobs, 4), -np.inf)
         message[0, :3] = total, total_scaled, len(self.vocab)
-        best, others = message[1:1 + len(columns)], message[1 + count:1 + count + len(most)]
-        best[:, 0], best[:, 1], best[:, 2] = columns + self.vocab.start, logits, scaled
-        best[:, 3] = 0 if noise is None else noise[columns]
+        best, others = message[1:1 + len(found)], message[1 + count:1 + count + len(most)]
+        best[:] = found
+        best[:, 0] += self.vocab.start
         others[:, 0], others[:, 1] = most_columns + self.vocab.start, most
         return message
 
