@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import cuda_device
 import gpu_driver
@@ -265,4 +267,27 @@ def test_a_model_that_does_not_fit_is_refused_before_a_weight_is_read(monkeypatc
         api._check_memory(device, 1, reader, part, run)
         with pytest.raises(DeviceError, match=r'0\.20 GB are free'):  # two ranks share it
             api._check_memory(device, 2, reader, part, run)
+        with pytest.raises(DeviceError, match=r'graphs 0\.\d+\) and 0\.20 GB are free'):  # which keep memory of their own
+            api._check_memory(device, 2, reader, part, replace(run, cuda_graphs='auto'))
     api._check_memory(host(), 1, None, None, run)
+
+
+@pytest.mark.parametrize(('asked', 'sharers', 'blocks'), [
+    (None, 1, 8), (None, 2, 4), ('25%', 1, 4), ('16K', 1, 2), ('1G', 1, None), ('1K', 1, None)])
+def test_the_cache_of_a_batch_takes_its_part_of_the_gpu_and_not_of_the_node(monkeypatch, nine_heads, asked, sharers, blocks):
+    """128 KiB are free, a block takes 8 KiB, and half of what is free is taken where nothing is said."""
+    from tpmpi import batch
+    device = SimpleNamespace(gpu=SimpleNamespace(identity='a GPU'), free_bytes=lambda: 128 << 10)
+    model = SimpleNamespace(shard=None, groups=())
+    engine = SimpleNamespace(run=RunConfig(), model=model, device=device, ops=None)
+    config = SimpleNamespace(max_positions=1 << 20)
+    comm = SimpleNamespace(exchange=lambda value: [value], exchange_on_node=lambda value: (0, [value] * sharers))
+    session = SimpleNamespace(comm=comm, local_size=8, agreed=lambda function, *a: function(*a))
+    options = SimpleNamespace(kv_memory=asked, context=None, max_sequences=4)
+    monkeypatch.setattr('tpmpi.kv_cache.block_bytes', lambda *a: 8 << 10)
+    monkeypatch.setattr('tpmpi.kv_cache.rings_blocks', lambda *a: 1000)
+    if blocks is None:
+        with pytest.raises(ValueError, match='--kv-memory'):
+            batch.cache_blocks(session, options, SimpleNamespace(engine=engine, config=config), comm)
+    else:
+        assert batch.cache_blocks(session, options, SimpleNamespace(engine=engine, config=config), comm) == blocks

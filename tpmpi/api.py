@@ -198,12 +198,15 @@ def _open_device(session, run: RunConfig):
 def _check_memory(opened, sharers: int, reader, part, run: RunConfig) -> None:
     """Raises DeviceError where this rank's share of its GPU's free memory cannot hold what it will load."""
     from tpmpi.device import check_memory
-    from tpmpi.footprint import cache_bytes, shard_bytes, workspace_bytes
+    from tpmpi.footprint import cache_bytes, shard_bytes, step_bytes, workspace_bytes
     free = opened.free_bytes()
     if free is not None:
         parts = {'weights': shard_bytes(reader, part, run.weights, float16=True),
                  'cache': cache_bytes(reader.config, part, run.context, run.chunk, run.block, run.kv_dtype, run.sinks),
                  'workspace': workspace_bytes(reader.config, part, run.chunk)}
+        if run.cuda_graphs != 'off':
+            from tpmpi.graphs import FEW_ROWS, MOST_KINDS
+            parts['graphs'] = MOST_KINDS * step_bytes(reader.config, part, FEW_ROWS)
         check_memory(sum(parts.values()), free // sharers, opened.name, parts)
 
 

@@ -43,9 +43,14 @@ def cache_bytes(config: ModelConfig, shard: Shard, context: int | None, chunk: i
     return rings_blocks(groups, total, chunk, block) * arrays_of(groups) * each
 
 
-def workspace_bytes(config: ModelConfig, shard: Shard, chunk: int) -> int:
-    """Bytes that a step of `chunk` tokens may take besides weights and cache: an estimate, rather high than low."""
+def step_bytes(config: ModelConfig, shard: Shard, tokens: int) -> int:
+    """Bytes that a step of so many tokens holds besides weights, cache and logits: an estimate, rather high than low."""
     q, kv = len(shard.heads) * config.head_dim, len(shard.kv_heads) * config.head_dim
     ffn = max(len(shard.ffn), config.experts_per_token * len(shard.expert_ffn) + len(shard.shared_ffn))
     numbers = 4 * config.hidden_size + 2 * (q + 2 * kv) + 2 * q + 3 * ffn  # of a token, float32
-    return LIBRARIES + 4 * (chunk * numbers + LOGIT_ROWS * len(shard.vocab))
+    return 4 * tokens * numbers
+
+
+def workspace_bytes(config: ModelConfig, shard: Shard, chunk: int) -> int:
+    """Bytes that steps of up to `chunk` tokens may take besides weights and cache."""
+    return LIBRARIES + step_bytes(config, shard, chunk) + 4 * LOGIT_ROWS * len(shard.vocab)
