@@ -196,19 +196,20 @@ class Kernels:
         """x · W for a packed W, in `out` where that is given.  [tokens, in] -> [tokens, out]"""
         if weight.kind == 'mixed':
             return np.concatenate([self.linear(x, part) for part in weight.data], axis=1, out=out)
-        y = alignment.empty((len(x), weight.out_features), np.float32) if out is None else out
+        if out is None:  # whole lines matter to tiles alone, and take longer to get than a small product
+            out = (np.empty if len(x) < BYTES_FROM else alignment.empty)((len(x), weight.out_features), np.float32)
         if weight.in_features == 0:  # a rank without heads adds nothing
-            y.fill(0)
-            return y
+            out.fill(0)
+            return out
         unit = self._unit(len(x), weight)
         if isinstance(x, matrix_units.Tiles) and (unit is None or unit.parts != x.parts):  # a kind of weights of its own
             x = x.numbers()
         if unit is not None:
-            unit.multiply(self._tiles(x, unit).data, len(x), weight.data, y, self.threads)
+            unit.multiply(self._tiles(x, unit).data, len(x), weight.data, out, self.threads)
         else:
             product = (self.bytes if len(x) >= BYTES_FROM and weight.kind in self.bytes else self.products)[weight.kind]
-            product(self._input(x, weight, product), weight.data, y, self.threads)
-        return y
+            product(self._input(x, weight, product), weight.data, out, self.threads)
+        return out
 
     def _threads(self, x) -> int:
         """That share the rows of x: of few, one is done before the others have begun."""
