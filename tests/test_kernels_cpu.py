@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import pack, ring_steps
+from kernel_cases import pack, ready, ring_steps
 from ranks import environment, run_ranks
 
 pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
@@ -41,7 +41,7 @@ CONFIGS = {'float32': ModelConfig(**FACTS, norm='layer', qk_norm='head', logit_s
 @pytest.fixture(scope='module', autouse=True)
 def built():
     for kv, config in CONFIGS.items():
-        ops.build(ops.needed(config, WEIGHT_KINDS, kv))
+        ready(ops, ops.needed(config, WEIGHT_KINDS, kv))
 
 
 def test_a_model_compiles_what_it_needs_and_nothing_else():
@@ -144,7 +144,7 @@ def test_rounded_activations_are_bfloat16_values():
 def test_activations_of_8_bits(kind):
     """Each group of 32 is rounded to 127 steps of its largest; beyond that the products are as exact as ever, for any rows."""
     coarse, rng = Kernels(activations='int8', units=False), np.random.default_rng(5)
-    coarse.build(coarse.needed_for([kind]))
+    ready(coarse, coarse.needed_for([kind]))
     stored = encode(rng.standard_normal((150, 96)).astype(np.float32), kind)
     weight, w = pack(coarse, stored, 2), decode(stored).astype(np.float64).T
     x = rng.standard_normal((23, 96)).astype(np.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import ready
 
 pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
 
@@ -19,7 +20,7 @@ CONFIG = ModelConfig(64, 64, 1, 1, 1, 64, 64, 9, num_experts=4, experts_per_toke
 
 @pytest.fixture(scope='module', autouse=True)
 def built():
-    ops.build(ops.needed(CONFIG, WEIGHT_KINDS, 'float32'))
+    ready(ops, ops.needed(CONFIG, WEIGHT_KINDS, 'float32'))
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +97,7 @@ def test_experts_of_a_token_give_the_same_bits_with_any_number_of_others(kind, m
 def test_experts_of_activations_of_8_bits(kind, monkeypatch):
     """All experts in one pass give the bits of one product after another, and nearly the numbers of the reference kernels."""
     coarse, rng = cpu.Kernels(activations='int8'), np.random.default_rng(8)
-    coarse.build([*coarse.needed(CONFIG, [kind], 'float32')])
+    ready(coarse, [*coarse.needed(CONFIG, [kind], 'float32')])
     (up, down), theirs = mixture_of(rng, (coarse, reference), 4, 96, 64, (kind, kind))
     a, scores = (rng.standard_normal((21, n)).astype(np.float32) for n in (96, 4))
     choice, shares = coarse.route(scores, 2, True)

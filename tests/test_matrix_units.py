@@ -16,6 +16,7 @@ ERRORS = '''
 import dataclasses
 import json
 import numpy as np
+from kernel_cases import ready
 from tpmpi.kernels import elementwise, matrix_units as units, packing
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.weights import decode, encode
@@ -47,7 +48,7 @@ for activations in ('float32', 'bfloat16', 'int8'):
         for kind, unit in ops.units.items():
             if activations == 'int8' and kind not in ('int8', 'int4'):
                 continue
-            ops.build([*unit.kernels, getattr(packing, f'pack_{kind}'), packing.touch])
+            ready(ops, [*unit.kernels, getattr(packing, f'pack_{kind}'), packing.touch])
             for tokens, k, outputs in SHAPES:
                 weight, w = packed(ops, outputs, k, kind)
                 x = rng.standard_normal((tokens, k)).astype(np.float32) * np.float32(10.0 ** rng.integers(-5, 5))
@@ -58,12 +59,12 @@ for activations in ('float32', 'bfloat16', 'int8'):
                 name = f'{activations} {kind}'
                 found[name] = max(found.get(name, 0), error(y, x, w))
                 if unit.parts == 1:  # a norm leaves what it gives in tiles as well
-                    ops.build([units.add_rms_norm_in_tiles])
+                    ready(ops, [units.add_rms_norm_in_tiles])
                     part, gain = x[::-1].copy(), rng.standard_normal(k).astype(np.float32)
                     a = ops.added_norm(x, part, 'rms', gain, None, 1e-5)
                     assert ops.normed[0] is a and (ops.linear(a, weight) == ops.linear(a.copy(), weight)).all()
                     plain = Kernels(units=False)
-                    plain.build([elementwise.add_rms_norm])
+                    ready(plain, [elementwise.add_rms_norm])
                     again = x[::-1].copy()
                     assert (plain.added_norm(x, again, 'rms', gain, None, 1e-5) == a).all() and (again == part).all()
                 if unit.gated and outputs % 64 == 0:  # silu(gate) * up, in tiles, and what follows, of whatever kind
@@ -74,7 +75,7 @@ for activations in ('float32', 'bfloat16', 'int8'):
                     name = 'gated ' + kind
                     found[name] = max(found.get(name, 0), float(np.abs(d.numbers() - expected).max() / np.abs(expected).max()))
                     for after in (kind, 'float32'):
-                        ops.build([*ops.units[after].kernels, getattr(packing, f'pack_{after}')])
+                        ready(ops, [*ops.units[after].kernels, getattr(packing, f'pack_{after}')])
                         down, w_down = packed(ops, 40, outputs // 2, after)
                         assert error(ops.linear(d, down), d.numbers(), w_down) < 2 ** -7
 print(json.dumps(found))
@@ -82,12 +83,13 @@ print(json.dumps(found))
 PAIRS = '''
 import json
 import numpy as np
+from kernel_cases import ready
 from tpmpi.kernels import matrix_units as units, packing
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.weights import decode, encode
 
 ops, rng, worst = Kernels(), np.random.default_rng(0), 0
-ops.build([units.pairs_bfloat16, packing.pack_bfloat16])
+ready(ops, [units.pairs_bfloat16, packing.pack_bfloat16])
 for tokens, k, outputs in ((1, 32, 16), (8, 32, 16), (9, 64, 5), (37, 96, 70)):
     stored = encode(rng.standard_normal((outputs, k)).astype(np.float32), 'bfloat16')
     weight, x = ops.new_weight(outputs, k, False, 'bfloat16', 'W'), rng.standard_normal((tokens, k)).astype(np.float32)
@@ -101,6 +103,7 @@ print(json.dumps(worst))
 BYTES = '''
 import json
 import numpy as np
+from kernel_cases import ready
 from tpmpi.kernels import integer_units, packing, products
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.weights import encode
@@ -109,7 +112,7 @@ rng, compared = np.random.default_rng(0), 0
 for kind in ('int8', 'int4'):
     pairs = (products.MULTIPLY[kind], integer_units.BYTES[kind]), (products.COARSE[kind], integer_units.COARSE[kind])
     ops = Kernels()
-    ops.build([getattr(packing, f'pack_{kind}'), *(kernel for pair in pairs for kernel in pair)])
+    ready(ops, [getattr(packing, f'pack_{kind}'), *(kernel for pair in pairs for kernel in pair)])
     for k, outputs in ((32, 16), (64, 5), (96, 70), (1056, 33)):
         weight = ops.new_weight(outputs, k, False, kind, 'W')
         ops.fill(weight, 0, encode(rng.standard_normal((outputs, k)).astype(np.float32), kind))
@@ -150,9 +153,9 @@ def run(program: str, **variables):
 
 
 @pytest.mark.parametrize('unit', UNITS)
-def test_products_in_tiles(unit, tmp_path):
+def test_products_in_tiles(unit):
     """Three parts of each number are all of it; two hold 16 bits, whose products err by 2^-16 at most; one has 8."""
-    found = run(ERRORS, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path))
+    found = run(ERRORS, TPMPI_MATRIX_UNITS=unit)
     assert found.pop('float32 float32') < 2 ** -21 and found.pop('bfloat16 float32') < 2 ** -21
     assert found.pop('bfloat16 bfloat16') < 2 ** -21  # x had no more bits
     for kind, bound in (('bfloat16', 2 ** -16), ('int8', 2 ** -15), ('int4', 2 ** -15)):
@@ -162,13 +165,13 @@ def test_products_in_tiles(unit, tmp_path):
 
 
 @pytest.mark.parametrize('unit', UNITS)
-def test_products_of_bytes_in_tiles_have_the_bits_of_the_ordinary_kernels(unit, tmp_path):
+def test_products_of_bytes_in_tiles_have_the_bits_of_the_ordinary_kernels(unit):
     """Sums of a group are exact in both, and scaled alike."""
-    assert run(BYTES, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path)) == 2 * 4 * 7 * 2 * 2
+    assert run(BYTES, TPMPI_MATRIX_UNITS=unit) == 2 * 4 * 7 * 2 * 2
 
 
-def test_products_in_pairs(tmp_path):
-    assert run(PAIRS, TPMPI_MATRIX_UNITS='emulated', TPMPI_CACHE_DIR=str(tmp_path)) < 1e-6
+def test_products_in_pairs():
+    assert run(PAIRS, TPMPI_MATRIX_UNITS='emulated') < 1e-6
 
 
 @pytest.mark.parametrize(('cpu', 'unit', 'features', 'expected'), [
@@ -185,14 +188,14 @@ def test_units_compile_to_their_instructions(cpu, unit, features, expected, tmp_
 ATTENTION = '''
 import json
 import numpy as np
-from kernel_cases import ring_steps
+from kernel_cases import ready, ring_steps
 from tpmpi.kernels import attention, attention_tiles, elementwise
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.kv_cache import LayerCache, Ring
 
 KERNELS = {'pairs': attention.attend_pairs, 'rounded': attention_tiles.attend_rounded, 'tiles': attention_tiles.attend_tiles}
 ops, rng, worst = Kernels(), np.random.default_rng(3), dict.fromkeys(KERNELS, 0)
-ops.build([*KERNELS.values(), attention.attend_bfloat16, elementwise.rope_append_bfloat16])
+ready(ops, [*KERNELS.values(), attention.attend_bfloat16, elementwise.rope_append_bfloat16])
 for dim, window, sinks, cap in ((64, None, 0, None), (96, 20, 0, 5.0), (32, None, 5, None), (24, 20, 0, None),
                                 (7, None, 0, None)):
     ring = Ring(np.array([2, 0, 1]), 48, 1 if sinks else 0)
@@ -214,12 +217,13 @@ print(json.dumps(worst))
 OTHERS = '''
 import json
 import numpy as np
+from kernel_cases import ready
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.kernels import elementwise, attention_tiles
 from tpmpi.kv_cache import LayerCache, Ring
 
 ops, rng, same = Kernels(activations='bfloat16'), np.random.default_rng(4), []
-ops.build([attention_tiles.attend_rounded, elementwise.rope_append_bfloat16])
+ready(ops, [attention_tiles.attend_rounded, elementwise.rope_append_bfloat16])
 qkv = rng.standard_normal((70, 3 * 64)).astype(np.float32)
 for foreign in (0, 0x7FC0):  # what the other slots hold: zeros, or no numbers
     for chunk in (70, 9, 1):
@@ -236,17 +240,17 @@ print(json.dumps(len(set(same))))
 
 
 @pytest.mark.parametrize('unit', UNITS)
-def test_attention_in_matrix_units(unit, tmp_path):
+def test_attention_in_matrix_units(unit):
     """Beside the one that multiplies in float32, over a ring that goes round.  Where Q and the exponentials are rounded:
     2^-8 of each term, which average out; in two parts: 2^-16."""
-    found = run(ATTENTION, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path))
+    found = run(ATTENTION, TPMPI_MATRIX_UNITS=unit)
     assert 1e-5 < found['pairs'] < 2 ** -6 and 1e-5 < found['rounded'] < 2 ** -6 and found['tiles'] < 2 ** -14, found
 
 
 @pytest.mark.parametrize('unit', UNITS)
-def test_attention_in_tiles_is_the_same_alone_and_whatever_lies_beside(unit, tmp_path):
+def test_attention_in_tiles_is_the_same_alone_and_whatever_lies_beside(unit):
     """Blocks of 16 slots of which a tile takes two: the other one's values are not touched."""
-    assert run(OTHERS, TPMPI_MATRIX_UNITS=unit, TPMPI_CACHE_DIR=str(tmp_path)) == 1
+    assert run(OTHERS, TPMPI_MATRIX_UNITS=unit) == 1
 
 
 def test_a_unit_that_fails_its_check_is_not_used(tmp_path):
@@ -273,14 +277,15 @@ def test_a_unit_that_is_unknown_or_not_there_is_refused(unit, message):
 WIDTHS = '''
 import hashlib, json
 import numpy as np
+from kernel_cases import ready
 from tpmpi.kernels import elementwise, jit, products
 from tpmpi.kernels.cpu import Kernels
 from tpmpi.weights import encode
 from tpmpi.kernels import packing
 ops, rng, digest = Kernels(), np.random.default_rng(0), hashlib.sha256()
-ops.build([elementwise.rms_norm, elementwise.log_sum_exp])
+ready(ops, [elementwise.rms_norm, elementwise.log_sum_exp])
 for kind in ('bfloat16', 'int4'):
-    ops.build([products.MULTIPLY[kind], getattr(packing, f'pack_{kind}')])
+    ready(ops, [products.MULTIPLY[kind], getattr(packing, f'pack_{kind}')])
     weight = ops.new_weight(100, 96, False, kind, 'W')
     ops.fill(weight, 0, encode(rng.standard_normal((100, 96)).astype(np.float32), kind))
     for tokens in (1, 2, 7):
@@ -291,8 +296,8 @@ print(json.dumps([jit.WIDTH, digest.hexdigest()]))
 '''
 
 
-def test_vectors_of_any_length_give_the_same_bits(tmp_path):
+def test_vectors_of_any_length_give_the_same_bits():
     """Lanes are outputs, and sums along a row have sixteen lanes always, so that ranks on different CPUs agree."""
-    found = {lanes: run(WIDTHS, TPMPI_VECTOR_LANES=lanes, TPMPI_CACHE_DIR=str(tmp_path)) for lanes in ('8', '16')}
+    found = {lanes: run(WIDTHS, TPMPI_VECTOR_LANES=lanes) for lanes in ('8', '16')}
     assert [width for width, _ in found.values()] == [8, 16]
     assert len({bits for _, bits in found.values()}) == 1

@@ -9,6 +9,7 @@ each layer the positions that its ring holds.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,8 +37,7 @@ def kernels(name: str, reader):
     from tpmpi.kernels.cpu import Kernels
     ops = Kernels()
     needed = ops.needed(reader.config, sorted(matrix_kinds(reader)), 'float32')
-    if WORLD.rank == 0:
-        ops.build(needed)
+    ops.compile_missing(needed, 1, f'families-{WORLD.bcast(os.getpid())}')
     WORLD.barrier()
     ops.build(needed)
     return ops

@@ -99,8 +99,11 @@ def compile_missing(kernels, processes: int, ticket: str) -> None:
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
     env = os.environ | {'TPMPI_MATRIX_UNITS': MATRIX_UNITS, 'TPMPI_CACHE_DIR': str(FOLDER.parent),
                         'PYTHONPATH': os.pathsep.join(path)}
-    children = [subprocess.Popen([sys.executable, '-c', CHILD, ticket, *names], env=env, stdin=subprocess.PIPE,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(processes)]
+    children = []
+    with contextlib.suppress(OSError):  # where no processes are granted
+        for _ in range(processes):
+            children.append(subprocess.Popen([sys.executable, '-c', CHILD, ticket, *names], env=env, stdin=subprocess.PIPE,
+                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     for child in children:
         child.wait()  # which ends at once if this process does: its standard input is then closed
         child.stdin.close()
