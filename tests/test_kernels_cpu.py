@@ -388,6 +388,57 @@ def test_a_rank_whose_children_die_compiles_by_itself(models, tmp_path):
     assert 3 <= sum(map(int, done.stdout.split())) <= 6, done.stderr  # a kernel of both may come from the other
 
 
+TWINS = '''
+import math
+from tpmpi.kernels import jit
+
+
+def make(c):
+    @jit.helper
+    def long(x):
+        y = x
+        for _ in range(3):
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+            y = math.sin(y + c) * math.cos(y - c) + math.atan2(y, c)
+        return 0 * y + c
+    return long
+
+
+one, ten = make(1.0), make(10.0)
+
+
+@jit.kernel('f8(f8)')
+def first(x):
+    return one(x)
+
+
+@jit.kernel('f8(f8)')
+def second(x):
+    return ten(x)
+'''
+
+
+def test_kernels_that_several_processes_compiled_do_not_call_each_other_s_helpers(tmp_path):
+    """Two helpers of one name, in kernels that two processes compile and a third one loads."""
+    (tmp_path / 'twins.py').write_text(TWINS)
+    program = 'import sys, twins; k = [getattr(twins, n) for n in sys.argv[1:]]; twins.jit.build(k); print(*(f(0.5) for f in k))'
+    env = environment(TPMPI_CACHE_DIR=str(tmp_path / 'cache'), TPMPI_MATRIX_UNITS='none')
+    env['PYTHONPATH'] = f'{tmp_path}{os.pathsep}{env["PYTHONPATH"]}'
+    for names, expected in ((['first'], '1.0'), (['second'], '10.0'), (['first', 'second'], '1.0 10.0')):
+        done = subprocess.run([sys.executable, '-c', program, *names], capture_output=True, text=True, env=env)
+        assert done.stdout.strip() == expected, done.stderr
+
+
 def test_without_numba_the_reference_kernels_run_with_one_warning(models, tmp_path):
     (tmp_path / 'numba.py').write_text('raise ImportError("not here")')
     env = environment()

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib
+import itertools
 import os
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 import llvmlite
 import numba
 import numpy as np
-from numba.core import config, registry
+from numba.core import bytecode, config, registry
 
 TRIPLE, CPU, _FEATURES = registry.cpu_target.target_context.codegen().magic_tuple()  # follows NUMBA_CPU_NAME as well
 FEATURES = frozenset(f[1:] for f in _FEATURES.split(',') if f.startswith('+'))
@@ -40,6 +41,12 @@ PARALLEL = int(os.environ.get('NUMBA_NUM_THREADS', '1')) > 1  # what session.sta
 # only loops that say prange: the kernels work on addresses, which Numba's own rearranging of array expressions cannot see
 SHARED_LOOPS = {'prange': True} | dict.fromkeys(
     ('comprehension', 'reduction', 'inplace_binop', 'setitem', 'numpy', 'stencil', 'fusion'), False)
+
+
+# Numba tells functions that one `def` makes, such as a helper for int8 and for int4, by a number that counts from 1 in each
+# process, and the linker takes two of one name for the same: kernels that several processes have put into the cache would
+# call each other's helpers.  So each process begins somewhere else.
+bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(7), 'little'))
 
 
 def helper(function):
