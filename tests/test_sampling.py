@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_threads
 
+from tpmpi.candidates import gumbel_noise
 from tpmpi.config import ConfigError
 from tpmpi.kernels import reference as ops
-from tpmpi.sampling import Draw, Sampler, SamplingParams, gumbel_noise, token_logprobs
+from tpmpi.sampling import Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.sharding import split
 
 
