@@ -100,7 +100,7 @@ def compile_missing(kernels, processes: int, ticket: str) -> None:
     ticket: a name of this build, the same in all the processes that share it, each of which begins `processes` children.
     A kernel that no child could compile is left for `build`, which then says why.
     """
-    names = [f'{k.py_func.__module__}:{k.py_func.__name__}' for k in kernels if not _mark(k).exists()]
+    names = [_name(k) for k in kernels if not _mark(k).exists()]
     if not names:
         return
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
@@ -118,19 +118,24 @@ def compile_missing(kernels, processes: int, ticket: str) -> None:
 
 def compile_claimed() -> None:
     """The child: compile those of the kernels named on the command line that no other child has begun."""
-    threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # at the end of what began it
     ticket, *names = sys.argv[1:]
-    for module, name in (name.split(':') for name in names):
-        claim = FOLDER / f'{name}.{ticket}'
+    for name in names:
+        claim, (module, _, function) = FOLDER / f'{name}.{ticket}', name.rpartition('.')
         with contextlib.suppress(FileExistsError):
             claim.touch(exist_ok=False)
-            build([getattr(importlib.import_module(module), name)])
+            build([getattr(importlib.import_module(module), function)])
             claim.unlink()
+
+
+def _name(dispatcher) -> str:
+    """Where a kernel is found: those for experts have the names of those for one matrix."""
+    return f'{dispatcher.py_func.__module__}.{dispatcher.py_func.__name__}'
 
 
 def _mark(dispatcher) -> Path:
     """A file that says that the machine code of a kernel is whole."""
-    return FOLDER / f'{dispatcher.py_func.__name__}.built'
+    return FOLDER / f'{_name(dispatcher)}.built'
 
 
 def cache_folder(environ=os.environ) -> Path:
