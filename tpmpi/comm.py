@@ -6,13 +6,18 @@ BLAS threads, before NumPy starts them.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, sleep
 
-import mpi4py
-from mpi4py import MPI
+# The windows of shared_sums.py lie in one node's memory, which Open MPI serves without UCX.  Its component for UCX is asked
+# all the same, and that of 5.0.11 prints an error wherever UCX has no network.
+os.environ.setdefault('OMPI_MCA_osc', '^ucx')
+
+import mpi4py  # noqa: E402  behind what MPI reads when it starts
+from mpi4py import MPI  # noqa: E402
 
 HEAD_BYTES = 4096  # of an announcement: what a step of some dozen requests takes
 
