@@ -1,10 +1,9 @@
 """What a GPU makes of tpmpi: a random model of the shape of 8 billion parameters, every kind of weights and collective.
 
     python data/measure_gpu.py --ranks 1
-    python data/measure_gpu.py --ranks 4 --collectives mpi staged nccl --folder /scratch/me
+    python data/measure_gpu.py --ranks 4 --collectives mpi staged nccl
 
-The model is written to the folder once, 16 GB in bfloat16, and kept.  Each run is `tpmpi.bench --device cuda --json`, and
-the table shows, in Markdown: prefill and decode in tokens/s, the part of the rate of copies measured in the same run that
+Each run is `tpmpi.bench --device cuda --json`, and the table shows, in Markdown: prefill and decode in tokens/s, the part of the rate of copies measured in the same run that
 decode reaches, launches of a token, and the time of all-reduces, of a token and of one alone.  A run that fails is a line
 with what it said.  `pytest -m gpu` shows first that all results are right.
 """
@@ -20,49 +19,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import numpy as np
-
-from tpmpi.api import bundled_model
-from tpmpi.checkpoint import CheckpointReader, CheckpointWriter
-from tpmpi.config import ModelConfig
-from tpmpi.sharding import target_kind, tensor_specs
-from tpmpi.weights import Stored, encode
-
-SHAPES = {
-    '8b': ModelConfig(vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-                      ffn_size=14336, max_positions=8192),
-    'small': ModelConfig(vocab_size=1024, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96,
-                         max_positions=8192)}
-DRAWN = 1 << 22  # random numbers, which repeat: no kernel is faster for that
 COLUMNS = {'prefill_tokens_per_s': 'prefill, tokens/s', 'decode_tokens_per_s': 'decode, tokens/s',
            'bandwidth_fraction': 'of the rate of copies', 'launches_per_token': 'launches a token',
            'allreduce_us_per_token': 'all-reduce, us a token', 'allreduce_us_alone': 'one alone, us'}
 
 
-def write_random(path: Path, config: ModelConfig) -> None:
-    """A model file of bfloat16 weights around 0, with the tokenizer of the bundled model."""
-    with CheckpointReader(bundled_model()) as reader:
-        tokenizer = reader.tokenizer
-    specs = tensor_specs(config)
-    kinds = {name: target_kind(spec, 'float32', 'bfloat16') for name, spec in specs.items()}
-    drawn = encode(np.random.default_rng(0).standard_normal((1, DRAWN)).astype(np.float32) / 50, 'bfloat16').data
-    with CheckpointWriter(path, config, kinds, tokenizer, {'source': 'random'}) as writer:
-        for name, spec in specs.items():
-            if spec.is_matrix:
-                stored = Stored('bfloat16', np.resize(drawn, spec.shape), group_axis=spec.group_axis)
-            else:
-                stored = encode(np.ones(spec.shape, np.float32), kinds[name])
-            writer.write(name, stored)
-
-
-def command(o: argparse.Namespace, model: Path, kind: str, collective: str) -> list[str]:
+def command(o: argparse.Namespace, kind: str, collective: str) -> list[str]:
     """The command line of one measurement, under the mpirun of this Python."""
     beside = Path(sys.executable).parent / 'mpirun'
     launcher = str(beside) if beside.exists() else shutil.which('mpirun') or 'mpirun'
     return [launcher, '-n', str(o.ranks), sys.executable, '-m', 'tpmpi.bench', '--device', 'cuda', '--json',
-            '--model', str(model), '--weights', kind, '--collective', collective, '--prompt-tokens', str(o.prompt_tokens),
+            *(('--model', str(o.model)) if o.model else ('--random', o.shape)), '--weights', kind, '--collective', collective, '--prompt-tokens', str(o.prompt_tokens),
             '--new-tokens', str(o.new_tokens), '--batch', str(o.batch), *shlex.split(o.options)]
 
 
@@ -90,9 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ranks', type=int, default=1, metavar='N', help='one for each GPU (default: 1)')
-    parser.add_argument('--shape', choices=SHAPES, default='8b', help='of the random model (default: 8b)')
-    parser.add_argument('--folder', type=Path, default=Path('.'), help='where it is kept (default: here)')
-    parser.add_argument('--model', type=Path, metavar='FILE', help='another model, instead of it')
+    parser.add_argument('--shape', default='8b', help='of the random model: 1b, 8b, 70b (default: 8b)')
+    parser.add_argument('--model', type=Path, metavar='FILE', help='a model, instead of it')
     parser.add_argument('--kinds', nargs='+', default=['bfloat16', 'int8', 'int4'], metavar='KIND', help='of weights')
     parser.add_argument('--collectives', nargs='+', default=['auto'], metavar='NAME',
                         help='auto, mpi, staged, nccl (default: auto)')
@@ -106,12 +72,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, run=run) -> int:
     """Measure, and print the table; 1 where a run failed."""
     o = parse(argv)
-    model = o.model or o.folder / f'random-{o.shape}.h5'
-    if not model.exists():
-        write_random(model, SHAPES[o.shape])
-    results = [(kind, collective, run(command(o, model, kind, collective))) for kind in o.kinds for collective in o.collectives]
+    results = [(kind, collective, run(command(o, kind, collective))) for kind in o.kinds for collective in o.collectives]
     devices = [found['device'] for _, _, found in results if 'device' in found]
-    print(f'{devices[0] if devices else "no GPU"}, {o.ranks} ranks, {model.name}, batch {o.batch}: {o.prompt_tokens} + '
+    print(f'{devices[0] if devices else "no GPU"}, {o.ranks} ranks, {o.model.name if o.model else o.shape}, batch {o.batch}: {o.prompt_tokens} + '
           f'{o.new_tokens} tokens\n\n{table(results)}')
     return int(any('failed' in found for _, _, found in results))
 

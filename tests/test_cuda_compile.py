@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import nvrtc
 import pytest
 
@@ -23,7 +25,7 @@ def test_compiles_without_spills(name, architecture):
 
 def entries(text: str) -> set[str]:
     """The kernels that a source declares."""
-    return {line.split('void ')[1].split('(')[0] for line in text.splitlines() if line.startswith('extern "C" __global__')}
+    return set(re.findall(r'^extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(', text, re.MULTILINE))
 
 
 def test_a_mistake_is_reported():

@@ -11,9 +11,9 @@ from kernel_cases import pack, ring_steps
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda import Kernels
+from tpmpi.kernels.cuda import COLUMNS, MOST_COLUMNS, Kernels
 from tpmpi.kernels.cuda_source import ITEMS
-from tpmpi.kernels.uploads import KEYS, SPLIT
+from tpmpi.kernels.uploads import KEYS, SPLITS
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import STORED_KINDS, decode, encode
 
@@ -84,6 +84,19 @@ def test_a_row_and_an_output_have_the_same_bits_among_any_others(ops, xp, kind):
     for first, last in ((0, 1), (4, 17)):
         part = ops.linear(xp.asarray(x), pack(ops, encode(values[first:last], kind), 1)).get()
         np.testing.assert_array_equal(part, whole[:, first:last])
+
+
+@pytest.mark.parametrize('kind', STORED_KINDS)
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs'), [
+    (1, MOST_COLUMNS + 32, 10), (2, MOST_COLUMNS, 4), (7, 3 * COLUMNS - 32, 6), (1, 64, 400), (3, 32 * 45, 302)])
+def test_more_columns_than_fit_and_more_outputs_than_blocks(ops, xp, kind, rows, inputs, outputs):
+    stored, x = encode(random(1, outputs, inputs), kind), random(2, rows, inputs)
+    packed, w = pack(ops, stored, 1), decode(stored).T.astype(np.float64)
+    y, bound = x @ w, 2e-6 * (np.abs(x) @ np.abs(w))
+    assert (np.abs(ops.linear(xp.asarray(x), packed).get() - y) <= bound).all()
+    gated, half = ops.gated_linear(xp.asarray(x), packed, 'identity').get(), outputs // 2
+    size = np.abs(y) + bound
+    assert (np.abs(gated - y[:, :half] * y[:, half:]) <= bound[:, :half] * size[:, half:] + bound[:, half:] * size[:, :half]).all()
 
 
 @pytest.mark.parametrize('kind', STORED_KINDS)
@@ -223,17 +236,19 @@ def test_attention_is_that_of_the_reference_kernels_in_every_ring(
         for kernels, cache, x in zip((reference, ops), caches, (qkv, xp.asarray(qkv)), strict=True):
             table = kernels.rope_table(positions, positions + 1, rope) if turned else None
             q = kernels.rope_append(x, heads, dim, table, cache, segment.slots)
-            b = kernels.attend(q, cache, groups, (segment,), seen, 0.2, cap, sinks)
+            b = kernels.attend(q, cache, groups, (segment,), seen, dim ** -0.5, cap, sinks)
             found.append(b if kernels is reference else b.get())
         np.testing.assert_allclose(found[1], found[0], atol=6e-6 if kv == 'float32' else 2e-2)
 
 
 @pytest.mark.parametrize('kv', ['float32', 'bfloat16'])
 @pytest.mark.parametrize(('window', 'sinks'), [(None, 0), (700, 0), (600, 9)])
-def test_attention_of_long_texts_is_split_among_blocks(ops, xp, kv, window, sinks):
+@pytest.mark.parametrize('most', [most for most, _ in SPLITS])
+def test_attention_of_long_texts_is_split_among_blocks(ops, xp, kv, window, sinks, most):
     """Texts of different lengths in one step: some end before the last split begins."""
-    dim, lengths = 16, (2 * SPLIT + KEYS + 3, 5, SPLIT)
-    caches = [LayerCache(*kernels.new_cache(2, 64 * 30, dim, kv)) for kernels in (reference, ops)]
+    split = dict(SPLITS)[most]
+    dim, lengths = 16, (2 * split + KEYS + 3, 5, split, *(7,) * (most // 2 - 3))
+    caches = [LayerCache(*kernels.new_cache(2, 64 * 60, dim, kv)) for kernels in (reference, ops)]
     for cache, kernels in zip(caches, (reference, ops), strict=True):
         for array, seed in zip(cache, (1, 2), strict=True):
             values = random(seed, *array.shape)

@@ -99,7 +99,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
          kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0,
          collective: str = 'auto', share_gpu: bool = False, cuda_graphs: str = 'off', session=None, group=None,
          tracing: bool = False) -> LLM:
-    """Load this rank's shard of a model file on every rank.
+    """Load this rank's shard of a model file, or of random_model.RandomReader, on every rank.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
     it sees besides (Xiao et al. 2024).  threads: per rank, None for a fair share of the cores.  kv: 'float32' or
@@ -131,7 +131,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
                         verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks,
                         collective=collective, share_gpu=share_gpu,
                         cuda_graphs='off' if tracing else cuda_graphs)  # the tracer waits for each kernel
-        reader = CheckpointReader(bundled_model() if model is None else Path(model))
+        reader = model if hasattr(model, 'read_rows') else CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
             run = replace(run, kv_dtype='bfloat16')
         if context is not None and context > reader.config.max_positions:

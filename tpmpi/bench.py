@@ -44,6 +44,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options of a measurement.  Raises SystemExit, as argparse does, for a bad one."""
     p = session.ArgumentParser('python -m tpmpi.bench', description=__doc__.partition('\n')[0])
     p.add_argument('--model', metavar='FILE', help='model file made by tpmpi.convert (default: the bundled one)')
+    p.add_argument('--random', choices=('1b', '8b', '70b', 'tiny'), metavar='SHAPE', help='instead: random weights of the shape '
+                   'of so many parameters, 1b, 8b or 70b; no file is needed')
     p.add_argument('--prompt-tokens', type=int, metavar='N', help=f'random tokens in each prompt (default: {PROMPT_TOKENS}, '
                    'or what fits); decode starts at this depth')
     p.add_argument('--new-tokens', type=int, default=NEW_TOKENS, metavar='N', help=f'steps of decode (default: {NEW_TOKENS})')
@@ -61,6 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--json', action='store_true', help='one JSON object instead of the table')
     options = p.parse_args(argv)
+    if options.model is not None and options.random is not None:
+        p.error('--random takes the place of --model; give one of them')
     for name in ('prompt_tokens', 'new_tokens', 'batch', 'repeat', 'threads'):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -306,17 +310,34 @@ def table(f: dict) -> str:
     return '\n'.join(f'{name:<14} {text}' for name, text in rows.items())
 
 
+def name_of(options: argparse.Namespace) -> str:
+    """What is measured, in words."""
+    return f'random weights, shape {options.random}' if options.random else str(options.model or 'bundled model')
+
+
+def random_model(s: session.Session, options: argparse.Namespace):
+    """What is read instead of a file; its tokenizer is the bundled model's, for the texts are random, too."""
+    from tpmpi.checkpoint import CheckpointReader
+    from tpmpi.random_model import SHAPES, RandomReader
+
+    def make():
+        with CheckpointReader(api.bundled_model()) as bundled:
+            return RandomReader(SHAPES[options.random], options.weights or 'bfloat16', bundled.tokenizer)
+
+    return s.agreed(make)
+
+
 def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, measure, print."""
     names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu', 'cuda_graphs')
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
     start = perf_counter()
-    llm = api.load(options.model, session=s, **chosen)
+    llm = api.load(options.model if options.random is None else random_model(s, options), session=s, **chosen)
     load_seconds = max(s.comm.exchange(perf_counter() - start))
     figures = measure(llm, options)
     if s.comm.rank == 0:
         from tpmpi.versions import cpu
-        figures |= {'model': str(options.model or 'bundled model'), 'machine': cpu(), 'load_seconds': round(load_seconds, 3),
+        figures |= {'model': name_of(options), 'machine': cpu(), 'load_seconds': round(load_seconds, 3),
                     'tpmpi': tpmpi.__version__}
         print(json.dumps(figures) if options.json else table(figures))
     return 0

@@ -33,7 +33,7 @@ from tpmpi.sharding import shard  # noqa: E402
 
 BLOCK, SIZES = 4, (3, 2, 5)  # of a ring's blocks, in three requests: texts go round after 12, 8 and 20 tokens
 graphs.MOST_KINDS = 5  # so that some are forgotten
-uploads.SPLIT = 4  # keys of a block, so that short texts are split, too
+uploads.SPLITS = ((64, 4),)  # keys of a block, so that short texts are split, too
 STEPS = [(0,)] * 4 + [(0, 1)] * 4 + [(2,)] * 3 + [(1, 2)] * 8 + [(0, 1, 2)] * 2 + [(2,)] * 3  # which requests are in each
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, Kernels
-from tpmpi.kernels.uploads import SPLIT
+from tpmpi.kernels.uploads import KEYS
 from tpmpi.kv_cache import LayerCache, Ring
 from tpmpi.weights import STORED_KINDS, encode
 
@@ -50,7 +50,7 @@ def rows(ops):
 def attention(ops):
     for kv in ('float32', 'bfloat16'):
         for dim, heads, rope in ((8, 1, Rope(1e4, 8)), (136, 4, None), (264, 8, Rope(1e4, 4))):
-            cache, length = LayerCache(*ops.new_cache(1, 704, dim, kv)), SPLIT + 140 if dim == 8 else 3
+            cache, length = LayerCache(*ops.new_cache(1, 704, dim, kv)), 4 * KEYS + 140 if dim == 8 else 3
             segment = Ring(np.arange(11), 64).segment(0, length, 1)
             table = ops.rope_table(np.array([length]), np.array([length]), rope) if rope else None
             q = ops.rope_append(numbers(1, (heads + 2) * dim), heads, dim, table, cache, segment.slots)

@@ -17,20 +17,17 @@ __device__ __forceinline__ i64 slot_of(i64 position, const i64* task, const i64*
     return blocks[task[RING] + number] * block + position % block;
 }
 
-template <class Cache>
-__device__ __forceinline__ void load_four(const Cache* x, float* out) {
-    for (int i = 0; i < 4; i++) out[i] = cached(x[i]);
+// Eight numbers that lie side by side, by 16 bytes at a time.
+__device__ __forceinline__ void load_eight(const float* x, float* out) {
+    const float4 a = *reinterpret_cast<const float4*>(x), b = *reinterpret_cast<const float4*>(x + 4);
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
-template <>
-__device__ __forceinline__ void load_four<float>(const float* x, float* out) {
-    const float4 four = *reinterpret_cast<const float4*>(x);
-    out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
-}
-template <>
-__device__ __forceinline__ void load_four<u16>(const u16* x, float* out) {
-    const uint2 two = *reinterpret_cast<const uint2*>(x);
-    out[0] = from_bfloat16(two.x & 0xffffu), out[1] = __uint_as_float(two.x & 0xffff0000u);
-    out[2] = from_bfloat16(two.y & 0xffffu), out[3] = __uint_as_float(two.y & 0xffff0000u);
+__device__ __forceinline__ void load_eight(const u16* x, float* out) {
+    const uint4 four = *reinterpret_cast<const uint4*>(x);
+    out[0] = from_bfloat16(four.x), out[1] = __uint_as_float(four.x & 0xffff0000u);
+    out[2] = from_bfloat16(four.y), out[3] = __uint_as_float(four.y & 0xffff0000u);
+    out[4] = from_bfloat16(four.z), out[5] = __uint_as_float(four.z & 0xffff0000u);
+    out[6] = from_bfloat16(four.w), out[7] = __uint_as_float(four.w & 0xffff0000u);
 }
 
 // ITEMS: queries times heads of a block; a query that is not there has weight 0.  SPANS: numbers of a head for each thread.
@@ -71,16 +68,21 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
             const i64 slot = slot_of(key, task, blocks, block);
             slots[t] = slot;
             const Cache* row = k + (size_t)slot * dim;
-            float score[ITEMS], four[4];
+            float score[ITEMS], eight[8];
 #pragma unroll
             for (int m = 0; m < ITEMS; m++) score[m] = 0.0f;
-            if (dim % 4 == 0) {
-                for (int d = 0; d < dim; d += 4) {
-                    load_four<Cache>(row + d, four);
+            if (dim % 8 == 0) {
+#pragma unroll 4
+                for (int d = 0; d < dim; d += 8) {
+                    load_eight(row + d, eight);
 #pragma unroll
                     for (int m = 0; m < ITEMS; m++) {
-                        const float4 x = *reinterpret_cast<const float4*>(queries + m * dim + d);
-                        score[m] = fmaf(four[3], x.w, fmaf(four[2], x.z, fmaf(four[1], x.y, fmaf(four[0], x.x, score[m]))));
+#pragma unroll
+                        for (int i = 0; i < 8; i += 4) {
+                            const float4 x = *reinterpret_cast<const float4*>(queries + m * dim + d + i);
+                            score[m] = fmaf(eight[i + 3], x.w, fmaf(eight[i + 2], x.z,
+                                            fmaf(eight[i + 1], x.y, fmaf(eight[i], x.x, score[m]))));
+                        }
                     }
                 }
             } else {
@@ -124,6 +126,7 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
             if (d >= dim) break;
 #pragma unroll
             for (int m = 0; m < ITEMS; m++) out[s][m] *= factor[m];
+#pragma unroll 8
             for (int i = 0; i < count; i++) {
                 const float number = cached(v[(size_t)slots[i] * dim + d]);
 #pragma unroll
@@ -155,17 +158,21 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
 // The parts of all splits, in their order.  A block for each token and head.
 extern "C" __global__ void attend_combine(const float* parts, const float* stats, int splits, int heads, int dim,
                                           long long tokens, float* b) {
+    DYNAMIC_SHARED(float, shares);  // of each split, and room for the sums of warps
     const size_t row = (size_t)blockIdx.x * heads + blockIdx.y, each = (size_t)tokens * heads;
     float highest = NOTHING_SEEN, total = 0.0f;
     for (int s = 0; s < splits; s++) highest = fmaxf(highest, stats[2 * (s * each + row)]);
-    for (int s = 0; s < splits; s++)
-        total = fmaf(stats[2 * (s * each + row) + 1], expf(stats[2 * (s * each + row)] - highest), total);
+    for (int s = threadIdx.x; s < splits; s += blockDim.x) {
+        const float* stat = stats + 2 * (s * each + row);
+        shares[s] = stat[1] > 0.0f ? expf(stat[0] - highest) : 0.0f;
+        total = fmaf(stat[1], shares[s], total);
+    }
+    total = block_sum(total, shares + splits);
     for (int d = threadIdx.x; d < dim; d += blockDim.x) {
         float out = 0.0f;
-        for (int s = 0; s < splits; s++) {
-            const float* stat = stats + 2 * (s * each + row);
-            if (stat[1] > 0.0f) out = fmaf(parts[(s * each + row) * dim + d], expf(stat[0] - highest), out);
-        }
+#pragma unroll 4
+        for (int s = 0; s < splits; s++)  // what was not computed is not there to be read
+            if (shares[s] > 0.0f) out = fmaf(parts[(s * each + row) * dim + d], shares[s], out);
         b[row * dim + d] = out / total;
     }
 }

@@ -23,7 +23,8 @@ from tpmpi.kernels.uploads import KEYS, Uploads, attention_tasks, power_of_two
 from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 
 THREADS = 128
-OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # a warp computes two
+PRODUCT_THREADS, PRODUCT_BLOCKS = 256, 4  # of a product with few rows; blocks of a multiprocessor, which take outputs in turn
+COLUMNS, MOST_COLUMNS = 1024, 10240  # of x in shared memory: a multiple, and at most, of all rows together
 FEW_ROWS = 32  # from more on the library's product is faster
 UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
 EVERYWHERE = 1 << 62  # a window that hides nothing
@@ -52,6 +53,11 @@ class Kernels:
     def modules(self) -> dict:
         """The compiled files."""
         return {name: self.xp.RawModule(code=source(name), options=('-std=c++17',)) for name in FILES}
+
+    @cached_property
+    def multiprocessors(self) -> int:
+        """Of the device."""
+        return self.xp.cuda.Device().attributes['MultiProcessorCount']
 
     def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, *arguments, shared: int = 0) -> None:
         """Run a kernel; None is a null pointer."""
@@ -141,16 +147,16 @@ class Kernels:
         return self._norm(x, gain, bias, eps, centred=True)
 
     def _norm(self, x, gain, bias, eps: float, centred: bool):
-        y = self.xp.empty_like(x)
-        self._launch('elementwise', 'norm_rows', (len(x),), 256, x, gain, bias, y, np.int32(x.shape[1]), np.int32(centred),
-                     np.float32(eps), shared=4 * 256 // 32)
+        y, threads = self.xp.empty_like(x), _row_threads(x.shape[1])
+        self._launch('elementwise', 'norm_rows', (len(x),), threads, x, gain, bias, y, np.int32(x.shape[1]), np.int32(centred),
+                     np.float32(eps), shared=threads // 8)
         return y
 
     def added_norm(self, x, part, kind: str, gain, bias, eps: float):
         """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
-        y = self.xp.empty_like(part)
-        self._launch('elementwise', 'added_norm_rows', (len(x),), 256, x, part, gain, bias, y, np.int32(x.shape[1]),
-                     np.int32(kind == 'layer'), np.float32(eps), shared=4 * 256 // 32)
+        y, threads = self.xp.empty_like(part), _row_threads(x.shape[1])
+        self._launch('elementwise', 'added_norm_rows', (len(x),), threads, x, part, gain, bias, y, np.int32(x.shape[1]),
+                     np.int32(kind == 'layer'), np.float32(eps), shared=threads // 8)
         return y
 
     def norm_heads(self, qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
@@ -226,11 +232,14 @@ class Kernels:
 
     def _few_rows(self, gated: str, x, weight: Weight, activation: int, y) -> None:
         """y = x · W, or the gated activation of it, by the kernel that reads W as it is packed."""
-        each = next(n for n in ROWS_AT_ONCE if n >= min(len(x), ROWS_AT_ONCE[-1]))
-        grid = -(-weight.out_features // OUTPUTS_PER_BLOCK), -(-len(x) // each)
-        self._launch('products', f'multiply_{gated}{weight.kind}_{each}', grid, THREADS, x, np.int32(len(x)),
-                     np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[1]), np.int32(weight.out_features),
-                     np.int32(activation), y)
+        each, k = next(n for n in ROWS_AT_ONCE if n >= min(len(x), ROWS_AT_ONCE[-1])), weight.in_features
+        chunks = -(-k // (MOST_COLUMNS // each // COLUMNS * COLUMNS))
+        chunk = -(-k // (chunks * COLUMNS)) * COLUMNS
+        blocks = -(-weight.out_features // (2 * PRODUCT_THREADS // 32))  # a warp computes two outputs at a time
+        grid = min(blocks, PRODUCT_BLOCKS * self.multiprocessors), -(-len(x) // each)
+        self._launch('products', f'multiply_{gated}{weight.kind}_{each}', grid, PRODUCT_THREADS, x, np.int32(len(x)), np.int32(k),
+                     weight.data, np.int32(weight.data.shape[1]), np.int32(weight.out_features), np.int32(activation),
+                     np.int32(chunk), y, shared=4 * each * (chunk + chunk // 32 * 5))  # gaps, and sums of groups
 
     def _many_rows(self, x, weight: Weight, y) -> None:
         """y = x · W by cuBLAS."""
@@ -311,7 +320,7 @@ class Kernels:
                      shared=4 * (floats + floats % 2) + 8 * KEYS)
         if splits > 1:
             self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
-                         np.int32(dim), np.int64(tokens), b)
+                         np.int32(dim), np.int64(tokens), b, shared=4 * (splits + THREADS // 32))
         return b
 
     # ---- a mixture of experts
@@ -382,6 +391,11 @@ def _turning(lengths: np.ndarray) -> Callable:
         return (theta ** -(np.arange(0, rope.dim, 2) / rope.dim) / divisors,)
 
     return frequencies
+
+
+def _row_threads(columns: int) -> int:
+    """Of a block that computes a row's norm: four columns for each, in whole warps."""
+    return min(1024, -(-columns // 128) * 32)
 
 
 def _values_bytes(k: int, kind: str) -> int:

@@ -17,18 +17,26 @@ def source(name: str) -> str:
     return '\n'.join([(folder / 'common.cu').read_text(), (folder / f'{name}.cu').read_text(), *_entries(name)])
 
 
+def _bounds(threads: int, blocks: int) -> str:
+    """Threads of a block, and blocks that shall fit on a multiprocessor: what the compiler may spend registers for.
+
+    Without, it expects 1024 threads, spares registers, and asks memory for the next numbers when the last ones are used up.
+    """
+    return f'__launch_bounds__({threads}, {blocks}) '
+
+
 def _entries(name: str) -> list[str]:
     """The instances of a file's templates."""
-    def entry(called, template, parameters):
+    def entry(called, template, parameters, bounds=''):
         names = ', '.join(p.split()[-1].lstrip('*') for p in parameters.split(', '))
-        return f'extern "C" __global__ void {called}({parameters}) {{ {template}({names}); }}'
+        return f'extern "C" __global__ void {bounds}{called}({parameters}) {{ {template}({names}); }}'
 
     found = []
     if name == 'products':
         w, y = 'const unsigned char* w, int row_bytes', 'float* y'
         for kind, struct in KINDS.items():
             found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply<{struct}, {rows}, {str(bool(gated)).lower()}>',
-                            f'const float* x, int rows, int k, {w}, int outputs, int kind, {y}')
+                            f'const float* x, int rows, int k, {w}, int outputs, int kind, int chunk, {y}', _bounds(256, 2))
                       for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
             found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
                                f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
@@ -46,6 +54,6 @@ def _entries(name: str) -> list[str]:
             found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
                 f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
                 'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
-                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'))
+                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'), _bounds(128, 2))
                 for items in ITEMS for spans in SPANS]
     return found

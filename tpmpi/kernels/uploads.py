@@ -11,8 +11,7 @@ from tpmpi.kernels.cuda_source import ITEMS
 ALIGNMENT = 16  # bytes, of each array in the buffer
 SMALLEST = 1 << 16  # bytes of a buffer
 KEYS = 128  # attention.cu
-SPLIT = 512  # keys of one block where a step has few queries
-SPLIT_ROWS = 64  # as many queries fill the device by themselves
+SPLITS = ((8, KEYS), (64, 4 * KEYS))  # keys of one block where a step has at most so many queries; more fill the device
 
 
 def power_of_two(n: int) -> int:
@@ -85,6 +84,6 @@ def attention_tasks(segments, query_groups: Sequence[range], window: int | None,
     blocks = np.zeros(power_of_two(ring_at), np.int64)
     np.concatenate([s.ring.blocks for s in segments], out=blocks[:ring_at])
     items = next(n for n in ITEMS if n >= heads * max(task[1] for task in tasks))
-    few = segments[-1].rows.stop <= SPLIT_ROWS
-    splits, split = (power_of_two(-(-columns // SPLIT)), SPLIT) if few else (1, -(-columns // KEYS) * KEYS)
+    split = next((keys for most, keys in SPLITS if segments[-1].rows.stop <= most), -(-columns // KEYS) * KEYS)
+    splits = power_of_two(-(-columns // split))
     return np.array(tasks, np.int64), blocks, np.array(runs, np.int64), items, splits, split
