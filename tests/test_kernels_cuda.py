@@ -11,9 +11,9 @@ from kernel_cases import pack, ring_steps
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda import COLUMNS, MOST_COLUMNS, Kernels
+from tpmpi.kernels.cuda import Kernels
 from tpmpi.kernels.cuda_source import ITEMS
-from tpmpi.kernels.uploads import KEYS, SPLITS
+from tpmpi.kernels.uploads import KEYS, SPLITS, TILED_FROM
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import STORED_KINDS, decode, encode
 
@@ -88,8 +88,8 @@ def test_a_row_and_an_output_have_the_same_bits_among_any_others(ops, xp, kind):
 
 @pytest.mark.parametrize('kind', STORED_KINDS)
 @pytest.mark.parametrize(('rows', 'inputs', 'outputs'), [
-    (1, MOST_COLUMNS + 32, 10), (2, MOST_COLUMNS, 4), (7, 3 * COLUMNS - 32, 6), (1, 64, 400), (3, 32 * 45, 302)])
-def test_more_columns_than_fit_and_more_outputs_than_blocks(ops, xp, kind, rows, inputs, outputs):
+    (1, 8192 + 32, 10), (2, 32 * 65, 4), (7, 2048 - 32, 6), (1, 64, 100), (3, 32 * 45, 38), (20, 96, 34)])
+def test_long_and_odd_products_of_few_rows(ops, xp, kind, rows, inputs, outputs):
     stored, x = encode(random(1, outputs, inputs), kind), random(2, rows, inputs)
     packed, w = pack(ops, stored, 1), decode(stored).T.astype(np.float64)
     y, bound = x @ w, 2e-6 * (np.abs(x) @ np.abs(w))
@@ -238,7 +238,8 @@ def test_attention_is_that_of_the_reference_kernels_in_every_ring(
             q = kernels.rope_append(x, heads, dim, table, cache, segment.slots)
             b = kernels.attend(q, cache, groups, (segment,), seen, dim ** -0.5, cap, sinks)
             found.append(b if kernels is reference else b.get())
-        np.testing.assert_allclose(found[1], found[0], atol=6e-6 if kv == 'float32' else 2e-2)
+        exact = 6e-6 if step < TILED_FROM else 4e-5  # in tiles Q, K, softmax and V are sums of two numbers of bfloat16
+        np.testing.assert_allclose(found[1], found[0], atol=exact if kv == 'float32' else 2e-2)
 
 
 @pytest.mark.parametrize('kv', ['float32', 'bfloat16'])

@@ -75,6 +75,11 @@ static inline float __uint_as_float(unsigned x) { return emulator_bits<float>(x)
 static inline float __int_as_float(int x) { return emulator_bits<float>(x); }
 static inline unsigned __float_as_uint(float x) { return emulator_bits<unsigned>(x); }
 static inline int __float_as_int(float x) { return emulator_bits<int>(x); }
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= unsigned((uint64_t(y) << 32 | x) >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+    return out;
+}
 template <class T> static inline T __ldg(const T* x) { return *x; }
 #define EMULATOR_ORDER(T)                                              \
     static inline T min(T a, T b) { return b < a ? b : a; }            \

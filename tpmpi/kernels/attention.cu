@@ -7,29 +7,6 @@
 // puts the parts together.
 
 #define KEYS 128  // threads of a block, too
-enum { FIRST_ROW, ROWS, POSITION, LOW, SINKS, RING, RING_BLOCKS, PINNED, TASK_SIZE };  // numbers of a task
-
-// The cache slot of a position (see kv_cache.Ring).
-__device__ __forceinline__ i64 slot_of(i64 position, const i64* task, const i64* blocks, int block) {
-    i64 number = position / block;
-    const i64 pinned = task[PINNED], turning = task[RING_BLOCKS] - pinned;
-    if (number >= pinned && turning > 0) number = pinned + (number - pinned) % turning;
-    return blocks[task[RING] + number] * block + position % block;
-}
-
-// Eight numbers that lie side by side, by 16 bytes at a time.
-__device__ __forceinline__ void load_eight(const float* x, float* out) {
-    const float4 a = *reinterpret_cast<const float4*>(x), b = *reinterpret_cast<const float4*>(x + 4);
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-}
-__device__ __forceinline__ void load_eight(const u16* x, float* out) {
-    const uint4 four = *reinterpret_cast<const uint4*>(x);
-    out[0] = from_bfloat16(four.x), out[1] = __uint_as_float(four.x & 0xffff0000u);
-    out[2] = from_bfloat16(four.y), out[3] = __uint_as_float(four.y & 0xffff0000u);
-    out[4] = from_bfloat16(four.z), out[5] = __uint_as_float(four.z & 0xffff0000u);
-    out[6] = from_bfloat16(four.w), out[7] = __uint_as_float(four.w & 0xffff0000u);
-}
-
 // ITEMS: queries times heads of a block; a query that is not there has weight 0.  SPANS: numbers of a head for each thread.
 // runs: [run, 3] KV head, first head, heads.  split: keys of a block.  A task's part goes to parts [splits, tokens, heads, dim]
 // and its maximum and sum to stats [splits, tokens, heads, 2]; with one split b itself is written.

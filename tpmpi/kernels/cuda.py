@@ -17,14 +17,16 @@ import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda_source import FILES, ROWS_AT_ONCE, SPANS, source
+from tpmpi.kernels.cuda_source import FILES, ROWS_AT_ONCE, SPANS, TENSOR_ROWS, TILE_DIMS, source
 from tpmpi.kernels.recent import MOST, Recent
 from tpmpi.kernels.uploads import KEYS, Uploads, attention_tasks, power_of_two
 from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 
 THREADS = 128
-PRODUCT_THREADS, PRODUCT_BLOCKS = 256, 4  # of a product with few rows; blocks of a multiprocessor, which take outputs in turn
-COLUMNS, MOST_COLUMNS = 1024, 10240  # of x in shared memory: a multiple, and at most, of all rows together
+OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # of products.cu: a warp computes two
+USUAL_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without asking
+TILE_KEYS, TILE_THREADS = 32, 128  # attention_tiles.cu
+WARPS, PARTS, TILE = 8, 3, 16  # tensor.cu: of a block; of a number of x; outputs of a block
 FEW_ROWS = 32  # from more on the library's product is faster
 UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
 EVERYWHERE = 1 << 62  # a window that hides nothing
@@ -54,15 +56,12 @@ class Kernels:
         """The compiled files."""
         return {name: self.xp.RawModule(code=source(name), options=('-std=c++17',)) for name in FILES}
 
-    @cached_property
-    def multiprocessors(self) -> int:
-        """Of the device."""
-        return self.xp.cuda.Device().attributes['MultiProcessorCount']
-
     def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, *arguments, shared: int = 0) -> None:
         """Run a kernel; None is a null pointer."""
         if name not in self.functions:
             self.functions[name] = self.modules[file].get_function(name)
+            if shared > USUAL_SHARED:  # as much in all launches of this kernel
+                self.functions[name].max_dynamic_shared_size_bytes = shared
         self.launches += 1
         arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
         self.functions[name](grid, (threads,), arguments, shared_mem=shared)
@@ -73,7 +72,7 @@ class Kernels:
         """Bring it to the device, all in one copy; the operations of the step find it by the host's objects."""
         wanted = [(x, _itself, ()) for x in (step.tokens, step.positions, *step.slots, step.growth) if x is not None]
         wanted += [(step.positions, _turning(step.lengths), (rope,)) for rope in model.ropes if rope.by_length]
-        wanted += [(segments, attention_tasks, (model.query_groups, group.window, group.sinks))
+        wanted += [(segments, attention_tasks, (model.query_groups, group.window, group.sinks, _tiled(model.config.head_dim)))
                    for segments, group in zip(step.segments, model.groups, strict=True) if model.query_groups]
         made = [make(owner, *arguments) for owner, make, arguments in wanted]
         views = iter(self.uploads.send([x for parts in made for x in parts if isinstance(x, np.ndarray)]))
@@ -200,7 +199,7 @@ class Kernels:
         if ffn:
             for first in range(0, len(gate_up), GRID_Y):
                 part = slice(first, first + GRID_Y)
-                self._launch('elementwise', 'gated_activation', (-(-ffn // 256), len(y[part])), 256, gate_up[part], y[part],
+                self._launch('elementwise', 'gated_activation', (-(-ffn // 1024), len(y[part])), 256, gate_up[part], y[part],
                              np.int32(ffn), np.int32(ACTIVATIONS[kind]))
         return y
 
@@ -232,14 +231,15 @@ class Kernels:
 
     def _few_rows(self, gated: str, x, weight: Weight, activation: int, y) -> None:
         """y = x · W, or the gated activation of it, by the kernel that reads W as it is packed."""
-        each, k = next(n for n in ROWS_AT_ONCE if n >= min(len(x), ROWS_AT_ONCE[-1])), weight.in_features
-        chunks = -(-k // (MOST_COLUMNS // each // COLUMNS * COLUMNS))
-        chunk = -(-k // (chunks * COLUMNS)) * COLUMNS
-        blocks = -(-weight.out_features // (2 * PRODUCT_THREADS // 32))  # a warp computes two outputs at a time
-        grid = min(blocks, PRODUCT_BLOCKS * self.multiprocessors), -(-len(x) // each)
-        self._launch('products', f'multiply_{gated}{weight.kind}_{each}', grid, PRODUCT_THREADS, x, np.int32(len(x)), np.int32(k),
-                     weight.data, np.int32(weight.data.shape[1]), np.int32(weight.out_features), np.int32(activation),
-                     np.int32(chunk), y, shared=4 * each * (chunk + chunk // 32 * 5))  # gaps, and sums of groups
+        file, rows, threads, outputs, shared = 'products', ROWS_AT_ONCE, THREADS, OUTPUTS_PER_BLOCK, 0
+        if weight.kind != 'float32':
+            file, rows, threads, outputs = 'tensor', tuple(TENSOR_ROWS), 32 * WARPS, TILE
+        each = next(n for n in rows if n >= min(len(x), rows[-1]))
+        if weight.kind != 'float32':
+            shared = tensor_shared_bytes(weight.kind, each)
+        self._launch(file, f'multiply_{gated}{weight.kind}_{each}', (-(-weight.out_features // outputs), -(-len(x) // each)), threads,
+                     x, np.int32(len(x)), np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[1]),
+                     np.int32(weight.out_features), np.int32(activation), y, shared=shared)
 
     def _many_rows(self, x, weight: Weight, y) -> None:
         """y = x · W by cuBLAS."""
@@ -248,7 +248,7 @@ class Kernels:
             self._add_product(weight.data.view(xp.float32), x, y, first=True)
             return
         halves = [xp.empty(x.shape, xp.uint16) for _ in range(1 if self.rounded else 2)]
-        self._launch('products', 'split_rows', (-(-x.size // 256),), 256, x, np.int64(x.size), *halves,
+        self._launch('products', 'split_rows', (-(-x.size // 1024),), 256, x, np.int64(x.size), *halves,
                      *[None] * (2 - len(halves)))
         if weight.kind == 'bfloat16':
             for i, half in enumerate(halves):
@@ -294,8 +294,9 @@ class Kernels:
         q, kv_heads = self.xp.empty((len(qkv), num_heads, head_dim), self.xp.float32), len(cache.k)
         pairs, tables = (0, (None, None)) if rope is None else (rope[0].shape[1], rope)
         if num_heads + kv_heads:
-            threads = min(256, -(-head_dim // 32) * 32)
-            self._launch('elementwise', f'rope_append_{_kv(cache)}', (len(qkv), num_heads + 2 * kv_heads), threads, qkv, *tables,
+            columns = (num_heads + 2 * kv_heads) * head_dim  # few tokens share the device's blocks
+            grid = len(qkv), -(-columns // (256 if len(qkv) <= FEW_ROWS else 1024))
+            self._launch('elementwise', f'rope_append_{_kv(cache)}', grid, 256, qkv, *tables,
                          np.int32(pairs), np.int32(num_heads), np.int32(kv_heads), np.int32(head_dim),
                          self.asarray(slots), np.int64(cache.k.shape[1]), q, cache.k, cache.v)
         return q
@@ -307,16 +308,28 @@ class Kernels:
         b = self.xp.empty((tokens, heads * dim), self.xp.float32)
         if heads == 0:
             return b
-        tasks, blocks, runs, items, splits, split = self._uploaded(segments, attention_tasks, query_groups, window, sinks)
+        tasks, tiles, blocks, runs, items, splits, split = self._uploaded(segments, attention_tasks, query_groups, window, sinks,
+                                                                          _tiled(dim))
+        keys, block = (cache.k, cache.v), np.int32(segments[0].ring.block)
+        sizes = runs, np.int32(heads), np.int32(dim), np.int64(cache.k.shape[1])
+        hidden, factors = np.int64(EVERYWHERE if window is None else window), (np.float32(scale), np.float32(cap or 0))
+        if len(tiles):
+            wide = next(n for n in TILE_DIMS if n >= dim)
+            name = f'attend_tiles_{_kv(cache)}_{wide}' + '_rounded' * self.rounded
+            parts = 2 if cache.k.dtype == np.float32 and not self.rounded else 1
+            numbers = parts * TILE_KEYS * (2 * wide + 32 * (wide % 64 == 0))
+            seconds = 0 if self.rounded else 16 * TILE_THREADS * wide // 16
+            self._launch('attention_tiles', name, (len(tiles), len(runs)), TILE_THREADS, q, *keys, tiles, blocks, block, *sizes,
+                         hidden, np.int32(sinks), *factors, b, shared=2 * numbers + 8 * 2 * TILE_KEYS + seconds)
+        if len(tasks) == 0:
+            return b
         parts = stats = None
         if splits > 1:
             parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
         spans = next(n for n in SPANS if n * KEYS >= dim)
         floats = items * (dim + KEYS + 3)
-        self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS,
-                     q, cache.k, cache.v, tasks, blocks, np.int32(segments[0].ring.block), runs, np.int32(heads), np.int32(dim),
-                     np.int64(cache.k.shape[1]), np.int64(tokens), np.int64(EVERYWHERE if window is None else window),
-                     np.int32(sinks), np.float32(scale), np.float32(cap or 0), np.int32(split), b, parts, stats,
+        self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS, q, *keys, tasks,
+                     blocks, block, *sizes, np.int64(tokens), hidden, np.int32(sinks), *factors, np.int32(split), b, parts, stats,
                      shared=4 * (floats + floats % 2) + 8 * KEYS)
         if splits > 1:
             self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
@@ -391,6 +404,19 @@ def _turning(lengths: np.ndarray) -> Callable:
         return (theta ** -(np.arange(0, rope.dim, 2) / rope.dim) / divisors,)
 
     return frequencies
+
+
+def _tiled(dim: int) -> bool:
+    """attention_tiles.cu computes heads of this size."""
+    return dim % 8 == 0 and dim <= TILE_DIMS[-1]
+
+
+def tensor_shared_bytes(kind: str, rows: int) -> int:
+    """Shared memory of a block of tensor.cu: the parts of x for each warp, or the sums of all warps."""
+    tiles = TENSOR_ROWS[rows]
+    groups = {1: 8 if kind in GROUP_PARTS else 4, 3: 2, 6: 1}[tiles]
+    stride = 32 * groups + (32 if groups % 2 == 0 else 0)
+    return WARPS * max(2 * PARTS * rows * stride, 4 * 8 * tiles * TILE)
 
 
 def _row_threads(columns: int) -> int:

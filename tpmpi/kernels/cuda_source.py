@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix
+ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix of float32
+TENSOR_ROWS = {2: 1, 8: 3, 16: 6}  # of x, in one reading of a matrix of another kind: the tiles of 8 columns that they take
 ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
-FILES = ('elementwise', 'products', 'attention', 'head')
+TILE_DIMS = (64, 96, 128)  # instances of attention_tiles.cu: head_dim, or more
+FILES = {'elementwise': (), 'products': (), 'tensor': ('tiles',), 'attention': ('rings',),  # and what they build on
+         'attention_tiles': ('tiles', 'rings'), 'head': ()}
 
 
 def source(name: str) -> str:
     """The CUDA C++ of one file, with what it builds on and the entry points of its templates."""
     folder = Path(__file__).parent
-    return '\n'.join([(folder / 'common.cu').read_text(), (folder / f'{name}.cu').read_text(), *_entries(name)])
+    return '\n'.join([*((folder / f'{part}.cu').read_text() for part in ('common', *FILES[name], name)), *_entries(name)])
 
 
 def _bounds(threads: int, blocks: int) -> str:
@@ -34,10 +37,10 @@ def _entries(name: str) -> list[str]:
     found = []
     if name == 'products':
         w, y = 'const unsigned char* w, int row_bytes', 'float* y'
+        found += [entry(f'multiply_{gated}float32_{rows}', f'multiply<Float32, {rows}, {str(bool(gated)).lower()}>',
+                        f'const float* x, int rows, int k, {w}, int outputs, int kind, {y}', _bounds(128, 4))
+                  for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
         for kind, struct in KINDS.items():
-            found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply<{struct}, {rows}, {str(bool(gated)).lower()}>',
-                            f'const float* x, int rows, int k, {w}, int outputs, int kind, int chunk, {y}', _bounds(256, 2))
-                      for rows in ROWS_AT_ONCE for gated in ('', 'gated_')]
             found.append(entry(f'multiply_chosen_{kind}', f'multiply_chosen<{struct}>',
                                f'const float* x, int shared_by, int k, {w}, int outputs, const long long* choice, {y}'))
             found.append(entry(f'embed_{kind}', f'embed<{struct}>',
@@ -45,6 +48,11 @@ def _entries(name: str) -> list[str]:
             if kind not in ('float32', 'bfloat16'):  # these the library multiplies as they are
                 found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
                                    f'{w}, int k, unsigned short* high, unsigned short* low'))
+    if name == 'tensor':
+        found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply_tensor<{struct}, {tiles}, {str(bool(gated)).lower()}>', (
+            'const float* x, int rows, int k, const unsigned char* w, int row_bytes, int outputs, int kind, float* y'),
+            _bounds(256, 2)) for kind, struct in KINDS.items() if kind != 'float32'
+            for rows, tiles in TENSOR_ROWS.items() for gated in ('', 'gated_')]
     for kv, number in CACHES.items():
         if name == 'elementwise':
             found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
@@ -56,4 +64,10 @@ def _entries(name: str) -> list[str]:
                 'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
                 'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'), _bounds(128, 2))
                 for items in ITEMS for spans in SPANS]
+        if name == 'attention_tiles':
+            found += [entry(f'attend_tiles_{kv}_{dim}{called}', f'attend_tiles<{number}, {dim}, {rounded}>', (
+                f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
+                'int block, const long long* runs, int heads, int dim, long long num_slots, long long window, int sinks, '
+                'float scale, float cap, float* b'), _bounds(128, 2))
+                for dim in TILE_DIMS for called, rounded in (('', 'false'), ('_rounded', 'true'))]
     return found

@@ -1,38 +1,72 @@
 // What is computed row by row or number by number.  A row is a token; one block of threads for each.
 
+template <int STEP>
+__device__ __forceinline__ void load(const float* x, float* out) {  // 1 or 4 numbers that lie side by side
+    if (STEP == 4) {
+        const float4 four = *reinterpret_cast<const float4*>(x);
+        out[0] = four.x, out[STEP / 4] = four.y, out[STEP / 2] = four.z, out[STEP - 1] = four.w;
+    } else {
+        out[0] = x[0];
+    }
+}
+template <int STEP>
+__device__ __forceinline__ void store(float* x, const float* in) {
+    if (STEP == 4) *reinterpret_cast<float4*>(x) = make_float4(in[0], in[STEP / 4], in[STEP / 2], in[STEP - 1]);
+    else x[0] = in[0];
+}
+
 // y = x / sqrt(mean(x^2) + eps) * gain, or with the mean taken off first, and a bias (may be null).   x and y may be the same
+// STEP: numbers that a thread takes side by side, 4 where n is a multiple and the arrays begin at one.
+template <int STEP>
 __device__ __forceinline__ void norm_row(const float* x, const float* gain, const float* bias, float* y, int n, int centred,
                                          float eps, float* parts) {
     float mean = 0.0f;
     if (centred) {
-        for (int i = threadIdx.x; i < n; i += blockDim.x) mean += x[i];
+        for (int i = STEP * threadIdx.x; i < n; i += STEP * blockDim.x)
+            for (int j = 0; j < STEP; j++) mean += x[i + j];
         mean = block_sum(mean, parts) / (float)n;
     }
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float d = x[i] - mean;
-        squares = fmaf(d, d, squares);
+    float squares = 0.0f, in[STEP], out[STEP];
+    for (int i = STEP * threadIdx.x; i < n; i += STEP * blockDim.x) {
+        load<STEP>(x + i, in);
+        for (int j = 0; j < STEP; j++) squares = fmaf(in[j] - mean, in[j] - mean, squares);
     }
     const float factor = 1.0f / sqrtf(block_sum(squares, parts) / (float)n + eps);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float z = (x[i] - mean) * factor * gain[i];
-        y[i] = bias ? z + bias[i] : z;
+    for (int i = STEP * threadIdx.x; i < n; i += STEP * blockDim.x) {
+        load<STEP>(x + i, in), load<STEP>(gain + i, out);
+        for (int j = 0; j < STEP; j++) out[j] = (in[j] - mean) * factor * out[j];
+        if (bias)
+            for (int j = 0; j < STEP; j++) out[j] += bias[i + j];
+        store<STEP>(y + i, out);
     }
 }
 
 extern "C" __global__ void norm_rows(const float* x, const float* gain, const float* bias, float* y, int n, int centred, float eps) {
     DYNAMIC_SHARED(float, parts);
     const size_t row = (size_t)blockIdx.x * n;
-    norm_row(x + row, gain, bias, y + row, n, centred, eps, parts);
+    if (n % 4 == 0) norm_row<4>(x + row, gain, bias, y + row, n, centred, eps, parts);
+    else norm_row<1>(x + row, gain, bias, y + row, n, centred, eps, parts);
 }
 
 // part += x, and the norm of it.
+template <int STEP>
+__device__ __forceinline__ void added_norm_row(const float* x, float* part, const float* gain, const float* bias, float* y, int n,
+                                               int centred, float eps, float* parts) {
+    float in[STEP], sum[STEP];
+    for (int i = STEP * threadIdx.x; i < n; i += STEP * blockDim.x) {  // each thread reads its own again
+        load<STEP>(x + i, in), load<STEP>(part + i, sum);
+        for (int j = 0; j < STEP; j++) sum[j] += in[j];
+        store<STEP>(part + i, sum);
+    }
+    norm_row<STEP>(part, gain, bias, y, n, centred, eps, parts);
+}
+
 extern "C" __global__ void added_norm_rows(const float* x, float* part, const float* gain, const float* bias, float* y, int n,
                                            int centred, float eps) {
     DYNAMIC_SHARED(float, parts);
     const size_t row = (size_t)blockIdx.x * n;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) part[row + i] += x[row + i];  // each thread reads its own again
-    norm_row(part + row, gain, bias, y + row, n, centred, eps, parts);
+    if (n % 4 == 0) added_norm_row<4>(x + row, part + row, gain, bias, y + row, n, centred, eps, parts);
+    else added_norm_row<1>(x + row, part + row, gain, bias, y + row, n, centred, eps, parts);
 }
 
 // Each head of blockIdx.x's row through a norm of its own, in place.  stride: from a row to the next, in numbers
@@ -41,7 +75,7 @@ extern "C" __global__ void norm_heads(float* x, long long stride, int head_dim, 
     DYNAMIC_SHARED(float, parts);
     const int head = blockIdx.y * head_dim;
     float* row = x + blockIdx.x * stride + head;
-    norm_row(row, gain + head, bias ? bias + head : bias, row, head_dim, centred, eps, parts);
+    norm_row<1>(row, gain + head, bias ? bias + head : bias, row, head_dim, centred, eps, parts);
 }
 
 // The sum of squares of columns first … last - 1, into one column of y [tokens, width].
@@ -65,11 +99,19 @@ extern "C" __global__ void activate(const float* x, float* y, long long count, i
     if (i < count) y[i] = activation(x[i], kind);
 }
 
-// activation(gate) * up.  [tokens, 2 ffn] -> [tokens, ffn]; blockIdx.y is the token
+// activation(gate) * up, four numbers for each thread.  [tokens, 2 ffn] -> [tokens, ffn]; blockIdx.y is the token
 extern "C" __global__ void gated_activation(const float* x, float* y, int ffn, int kind) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    const float* row = x + (size_t)blockIdx.y * 2 * ffn;
-    if (i < ffn) y[(size_t)blockIdx.y * ffn + i] = activation(row[i], kind) * row[ffn + i];
+    const int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    const float *gate = x + (size_t)blockIdx.y * 2 * ffn, *up = gate + ffn;
+    y += (size_t)blockIdx.y * ffn;
+    if (ffn % 4 == 0 && i < ffn) {
+        float g[4], u[4];
+        load<4>(gate + i, g), load<4>(up + i, u);
+        for (int j = 0; j < 4; j++) u[j] *= activation(g[j], kind);
+        store<4>(y + i, u);
+    } else {
+        for (int j = i; j < i + 4 && j < ffn; j++) y[j] = activation(gate[j], kind) * up[j];
+    }
 }
 
 extern "C" __global__ void softcap(const float* x, float* y, long long count, float cap) {
@@ -99,19 +141,21 @@ extern "C" __global__ void rope_table(const long long* positions, const double* 
 }
 
 // Split a token's fused projection, turn the pairs (x[i], x[i + pairs]) of Q and K, put K and V into the cache.
-// A block for each token and head; heads: those of Q, then K, then V.  pairs: 0 where the layer has no RoPE
+// A block for each token, whose threads take the numbers of all heads, those of Q, then K, then V.  pairs: 0 where the layer
+// has no RoPE
 template <class Cache>
 __device__ void rope_append(const float* qkv, const float* cosines, const float* sines, int pairs, int heads, int kv_heads,
                             int dim, const long long* slots, long long num_slots, float* q, Cache* k, Cache* v) {
-    const size_t token = blockIdx.x;
-    const int head = blockIdx.y, kv = head - heads, turned = kv < kv_heads ? pairs : 0;
-    const float* x = qkv + (token * (heads + 2 * kv_heads) + head) * dim;
-    for (int i = threadIdx.x; i < dim; i += blockDim.x) {
+    const size_t token = blockIdx.x, slot = slots[token];
+    const float* row = qkv + token * (heads + 2 * kv_heads) * dim;
+    for (int at = blockIdx.y * blockDim.x + threadIdx.x; at < (heads + 2 * kv_heads) * dim; at += gridDim.y * blockDim.x) {
+        const int head = at / dim, i = at % dim, kv = head - heads, turned = kv < kv_heads ? pairs : 0;
+        const float* x = row + head * dim;
         float y = x[i];
         if (i < turned) y = x[i] * cosines[token * pairs + i] - x[i + pairs] * sines[token * pairs + i];
         else if (i < 2 * turned) y = x[i] * cosines[token * pairs + i - pairs] + x[i - pairs] * sines[token * pairs + i - pairs];
-        if (kv < 0) q[(token * heads + head) * dim + i] = y;
-        else if (kv < kv_heads) store(k + ((size_t)kv * num_slots + slots[token]) * dim + i, y);
-        else store(v + ((size_t)(kv - kv_heads) * num_slots + slots[token]) * dim + i, y);
+        if (kv < 0) q[token * heads * dim + at] = y;
+        else if (kv < kv_heads) store(k + ((size_t)kv * num_slots + slot) * dim + i, y);
+        else store(v + ((size_t)(kv - kv_heads) * num_slots + slot) * dim + i, y);
     }
 }

@@ -10,7 +10,9 @@ from tpmpi.kernels.cuda_source import ITEMS
 
 ALIGNMENT = 16  # bytes, of each array in the buffer
 SMALLEST = 1 << 16  # bytes of a buffer
-KEYS = 128  # attention.cu
+KEYS, TASK_SIZE = 128, 8  # attention.cu
+TILED_FROM = 16  # queries of a request from which on tensor cores compute its attention, where they can
+TILE_ITEMS = 64  # attention_tiles.cu
 SPLITS = ((8, KEYS), (64, 4 * KEYS))  # keys of one block where a step has at most so many queries; more fill the device
 
 
@@ -62,28 +64,31 @@ class Uploads:
         self.layout = None
 
 
-def attention_tasks(segments, query_groups: Sequence[range], window: int | None, sinks: int) -> tuple:
-    """What the blocks of an attention do (see attention.cu): tasks, the blocks of all rings, runs of heads.
+def attention_tasks(segments, query_groups: Sequence[range], window: int | None, sinks: int, tiled: bool) -> tuple:
+    """What the blocks of an attention do (see attention.cu): tasks, tasks for tiles, the blocks of all rings, runs of heads.
 
     Behind these arrays: queries times heads of a block, among how many blocks the keys are split, and the keys of each.  What
-    grows with the texts grows in powers of two, so that most steps of decode are of one kind.
+    grows with the texts grows in powers of two, so that most steps of decode are of one kind.  tiled: whether requests of many
+    queries are left to attention_tiles.cu.
     """
     runs = [(kv_head, first, min(ITEMS[-1], group.stop - first)) for kv_head, group in enumerate(query_groups)
             for first in range(group.start, group.stop, ITEMS[-1])]
     heads = max(count for _, _, count in runs)
-    rows_at_once = ITEMS[-1] // heads
-    tasks, ring_at = [], 0
+    tasks, tiles, ring_at = [], [], 0
     for s in segments:
+        many = tiled and len(s.slots) >= TILED_FROM
+        rows_at_once = (TILE_ITEMS if many else ITEMS[-1]) // heads
         for row in range(0, len(s.slots), rows_at_once):
             position = s.start + row
             low = s.oldest if window is None else max(s.oldest, position - window + 1)
-            tasks.append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low, min(sinks, low),
-                          ring_at, len(s.ring.blocks), s.ring.pinned))
+            (tiles if many else tasks).append((s.rows.start + row, min(rows_at_once, len(s.slots) - row), position, low,
+                                               min(sinks, low), ring_at, len(s.ring.blocks), s.ring.pinned))
         ring_at += len(s.ring.blocks)
-    columns = max(task[4] + task[2] + task[1] - task[3] for task in tasks)
     blocks = np.zeros(power_of_two(ring_at), np.int64)
     np.concatenate([s.ring.blocks for s in segments], out=blocks[:ring_at])
-    items = next(n for n in ITEMS if n >= heads * max(task[1] for task in tasks))
+    columns = max((task[4] + task[2] + task[1] - task[3] for task in tasks), default=1)
+    items = next(n for n in ITEMS if n >= heads * max((task[1] for task in tasks), default=1))
     split = next((keys for most, keys in SPLITS if segments[-1].rows.stop <= most), -(-columns // KEYS) * KEYS)
     splits = power_of_two(-(-columns // split))
-    return np.array(tasks, np.int64), blocks, np.array(runs, np.int64), items, splits, split
+    tasks, tiles = (np.array(x, np.int64).reshape(-1, TASK_SIZE) for x in (tasks, tiles[::-1]))  # those with most keys first
+    return tasks, tiles, blocks, np.array(runs, np.int64), items, splits, split
