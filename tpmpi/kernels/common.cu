@@ -28,9 +28,15 @@ __device__ __forceinline__ u16 to_bfloat16(float x) {  // to nearest, ties to ev
 }
 
 __device__ __forceinline__ float from_float16(u32 bits) {
+#ifdef __CUDA_ARCH__
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
+    return x;
+#else
     const u32 sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
     if (rest >= 0x7c00u << 13) return __uint_as_float(sign | 0x7f800000u | rest);  // infinity, or no number
     return __uint_as_float(sign | rest) * 5.192296858534828e33f;  // 2^112
+#endif
 }
 
 // Sums and maxima in one fixed order, the same on every lane or thread afterwards.

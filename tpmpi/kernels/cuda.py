@@ -48,6 +48,7 @@ class Kernels:
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
         self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
+        self.allowed = {}  # bytes of dynamic shared memory of those that need more than usual
         self.launches = 0  # of these kernels, of products by cuBLAS and of graphs
         self.kind_of_step = None  # of two steps of one kind the same kernels are launched with the same arguments
 
@@ -56,12 +57,22 @@ class Kernels:
         """The compiled files."""
         return {name: self.xp.RawModule(code=source(name), options=('-std=c++17',)) for name in FILES}
 
+    @cached_property
+    def multiprocessors(self) -> int:
+        """Of the device."""
+        return self.xp.cuda.Device().attributes['MultiProcessorCount']
+
+    @cached_property
+    def most_shared(self) -> int:
+        """Bytes of shared memory that the blocks of a multiprocessor have together, less what each takes besides."""
+        return self.xp.cuda.Device().attributes['MaxSharedMemoryPerMultiprocessor'] - (4 << 10)
+
     def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, *arguments, shared: int = 0) -> None:
         """Run a kernel; None is a null pointer."""
         if name not in self.functions:
             self.functions[name] = self.modules[file].get_function(name)
-            if shared > USUAL_SHARED:  # as much in all launches of this kernel
-                self.functions[name].max_dynamic_shared_size_bytes = shared
+        if shared > self.allowed.get(name, USUAL_SHARED):
+            self.functions[name].max_dynamic_shared_size_bytes = self.allowed[name] = shared
         self.launches += 1
         arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
         self.functions[name](grid, (threads,), arguments, shared_mem=shared)
@@ -231,15 +242,19 @@ class Kernels:
 
     def _few_rows(self, gated: str, x, weight: Weight, activation: int, y) -> None:
         """y = x · W, or the gated activation of it, by the kernel that reads W as it is packed."""
-        file, rows, threads, outputs, shared = 'products', ROWS_AT_ONCE, THREADS, OUTPUTS_PER_BLOCK, 0
-        if weight.kind != 'float32':
-            file, rows, threads, outputs = 'tensor', tuple(TENSOR_ROWS), 32 * WARPS, TILE
-        each = next(n for n in rows if n >= min(len(x), rows[-1]))
-        if weight.kind != 'float32':
-            shared = tensor_shared_bytes(weight.kind, each)
-        self._launch(file, f'multiply_{gated}{weight.kind}_{each}', (-(-weight.out_features // outputs), -(-len(x) // each)), threads,
-                     x, np.int32(len(x)), np.int32(weight.in_features), weight.data, np.int32(weight.data.shape[1]),
-                     np.int32(weight.out_features), np.int32(activation), y, shared=shared)
+        k, outputs = weight.in_features, weight.out_features
+        end, sizes = (np.int32(activation), y), (np.int32(len(x)), np.int32(k), weight.data, np.int32(weight.data.shape[1]))
+        most = ROWS_AT_ONCE if weight.kind == 'float32' else tuple(TENSOR_ROWS)
+        rows = next(n for n in most if n >= min(len(x), most[-1]))
+        name = f'multiply_{gated}{weight.kind}_{rows}'
+        if weight.kind == 'float32':
+            grid = -(-outputs // OUTPUTS_PER_BLOCK), -(-len(x) // rows)
+            self._launch('products', name, grid, THREADS, x, *sizes, np.int32(outputs), *end)
+            return
+        resident, shared = tensor_shared_bytes(k, min(len(x), rows), TENSOR_ROWS[rows], weight.kind, self.most_shared // 2)
+        tiles = -(-outputs // TILE)  # of gate and up 8 each
+        grid = min(tiles, 2 * self.multiprocessors), -(-len(x) // rows)
+        self._launch('tensor', name, grid, 32 * WARPS, x, *sizes, np.int32(outputs), end[0], np.int32(resident), y, shared=shared)
 
     def _many_rows(self, x, weight: Weight, y) -> None:
         """y = x · W by cuBLAS."""
@@ -411,12 +426,17 @@ def _tiled(dim: int) -> bool:
     return dim % 8 == 0 and dim <= TILE_DIMS[-1]
 
 
-def tensor_shared_bytes(kind: str, rows: int) -> int:
-    """Shared memory of a block of tensor.cu: the parts of x for each warp, or the sums of all warps."""
-    tiles = TENSOR_ROWS[rows]
-    groups = {1: 8 if kind in GROUP_PARTS else 4, 3: 2, 6: 1}[tiles]
-    stride = 32 * groups + (32 if groups % 2 == 0 else 0)
-    return WARPS * max(2 * PARTS * rows * stride, 4 * 8 * tiles * TILE)
+def tensor_shared_bytes(k: int, rows: int, tiles: int, kind: str, most: int) -> tuple[bool, int]:
+    """Shared memory of a block of tensor.cu: sums of its warps, and their parts of x, all of each if these are few."""
+    sums = 4 * 2 * WARPS * 8 * tiles * TILE
+
+    def total(groups: int) -> int:
+        return sums + 2 * WARPS * PARTS * rows * (32 * groups + (32 if groups % 2 == 0 else 0))
+
+    share = -(-(-(-k // GROUP)) // (8 * WARPS)) * 8
+    if tiles == 1 and total(share) <= most:
+        return True, total(share)
+    return False, total({1: 4 if kind != 'int4' else 8, 3: 2, 6: 1}[tiles])
 
 
 def _row_threads(columns: int) -> int:

@@ -50,8 +50,8 @@ def _entries(name: str) -> list[str]:
                                    f'{w}, int k, unsigned short* high, unsigned short* low'))
     if name == 'tensor':
         found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply_tensor<{struct}, {tiles}, {str(bool(gated)).lower()}>', (
-            'const float* x, int rows, int k, const unsigned char* w, int row_bytes, int outputs, int kind, float* y'),
-            _bounds(256, 2)) for kind, struct in KINDS.items() if kind != 'float32'
+            'const float* x, int rows, int k, const unsigned char* w, int row_bytes, int outputs, int kind, int resident, '
+            'float* y'), _bounds(256, 2)) for kind, struct in KINDS.items() if kind != 'float32'
             for rows, tiles in TENSOR_ROWS.items() for gated in ('', 'gated_')]
     for kv, number in CACHES.items():
         if name == 'elementwise':

@@ -4,10 +4,11 @@
 // bfloat16, int8 or int4 is such a number, one of float16 the sum of two, and a float32 of x the sum of three, which are
 // columns of their own.  So every product is exact, and the rows of x, up to 16, cost little more than one.
 //
-// A block computes 16 outputs.  Its 8 warps share the contraction axis, and each goes through its part by groups of 32: a
-// lane reads 8 weights of two outputs, as they lie, and what the tensor core calls columns 2c, 2c + 1, 2c + 8 and 2c + 9 of 16
-// are four of these 8, since the order of the axis is free as long as x has the same.  The warps' sums, and the three parts of
-// x, are added in their order, which depends on nothing but the length of the axis.
+// A block computes 16 outputs at a time, and then others.  Its 8 warps share the contraction axis, and each goes through its
+// part by groups of 32: a lane reads 8 weights of two outputs, as they lie, and what the tensor core calls columns 2c, 2c + 1,
+// 2c + 8 and 2c + 9 of 16 are four of these 8, since the order of the axis is free as long as x has the same.  The next weights
+// are read, those of the next outputs, too, before it computes with the last.  The warps' sums, and the three parts of x, are
+// added in their order, which depends on nothing but the length of the axis.
 
 #define WARPS 8
 #define PARTS 3  // of x
@@ -41,7 +42,7 @@ struct Float16 {
 
 struct Int8 {  // 128 + the lower seven bits, less 128, or 256 where the sign is set
     typedef uint2 Eight;
-    static const int FACTORS = 1, GROUPS = 8;
+    static const int FACTORS = 1, GROUPS = 4;
     static const bool SCALED = true, OFFSET = false;
     __device__ static __forceinline__ u32 pair(u32 bytes) {
         return add_pairs((bytes & 0x007f007fu) | 0x43004300u, (bytes & 0x00800080u) | 0xc300c300u);
@@ -65,14 +66,17 @@ struct Int4 {  // 128 + q, less 128; the weights 0 and 4, 1 and 5, … make pair
 };
 
 // Numbers of bfloat16 from one column of x in shared memory to the next: so that eight lanes read from all banks.
-__host__ __device__ constexpr int column_stride(int groups) { return 32 * groups + (groups % 2 == 0 ? 32 : 0); }
+__device__ __forceinline__ int column_stride(int groups) { return 32 * groups + (groups % 2 == 0 ? 32 : 0); }
 
-// Columns `first` … of rows `from` … of x for a warp, in three parts, zeros behind the end of a row.
-template <class Kind, int GROUPS>
-__device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, u16* columns) {
-    constexpr int FOURS = 8 * GROUPS, STRIDE = column_stride(GROUPS);
-    for (int i = threadIdx.x % WARP; i < rows * FOURS; i += WARP) {
-        const int row = i / FOURS, at = i % FOURS * 4, column = first + at;
+// Groups of a warp's part of the axis: a multiple of 8, whose weights and scales fill whole sectors of memory.
+__device__ __forceinline__ int warp_groups(int k) { return ((k + 31) / 32 + WARPS * 8 - 1) / (WARPS * 8) * 8; }
+
+// Columns `first` … of rows `from` … of x for a warp, `count` groups, in three parts, zeros behind the end of a row.
+template <class Kind>
+__device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, int count, int stride, u16* columns) {
+    const int fours = 8 * count;
+    for (int i = threadIdx.x % WARP; i < rows * fours; i += WARP) {
+        const int row = i / fours, at = i % fours * 4, column = first + at;
         const float* source = x + (size_t)(from + row) * k + column;
         float four[4];
         if (k % 4 == 0 && column < k) {
@@ -82,9 +86,9 @@ __device__ __forceinline__ void stage_x(const float* x, int from, int rows, int 
 #pragma unroll
             for (int j = 0; j < 4; j++) four[j] = column + j < k ? source[j] : 0.0f;
         }
-        u16* out = columns + PARTS * row * STRIDE;
+        u16* out = columns + PARTS * row * stride;
 #pragma unroll
-        for (int part = 0; part < PARTS; part++, out += STRIDE) {
+        for (int part = 0; part < PARTS; part++, out += stride) {
             if (Kind::OFFSET) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
@@ -97,105 +101,130 @@ __device__ __forceinline__ void stage_x(const float* x, int from, int rows, int 
     }
 }
 
-// Up to TILES * 8 / PARTS rows of x, from row blockIdx.y times as many on.
-// GATED: gate and up lie side by side, a block computes 8 of either, and y is activation(gate) * up  [rows, outputs / 2]
-template <class Kind, int TILES, bool GATED>
-__device__ void multiply_tensor(const float* x, int rows, int k, const u8* w, int row_bytes, int outputs, int kind, float* y) {
-    constexpr int GROUPS = TILES == 1 ? Kind::GROUPS : TILES <= 3 ? 2 : 1, STRIDE = column_stride(GROUPS), ROWS = TILES * 8 / PARTS;
-    typedef typename Kind::Eight Eight;
-    DYNAMIC_SHARED(u16, shared);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, c = lane % 4, half = outputs / 2;
-    const int from = blockIdx.y * ROWS, here = rows - from < ROWS ? rows - from : ROWS;
-    const int groups = (k + 31) / 32, share = (groups + WARPS * 8 - 1) / (WARPS * 8) * 8;  // of a warp, by 8 since these lie together
-    const int last = (warp + 1) * share < groups ? (warp + 1) * share : groups;
-    int top = GATED ? blockIdx.x * 8 + r : blockIdx.x * 16 + r, bottom = GATED ? top + half : top + 8;
-    if (GATED && top >= half) top = half - 1, bottom = outputs - 1;  // computed and not stored
-    if (!GATED) top = top < outputs ? top : outputs - 1, bottom = bottom < outputs ? bottom : outputs - 1;
-    const u8 *a = w + (size_t)top * row_bytes, *b = w + (size_t)bottom * row_bytes;
-    const u8 *a_scales = a + groups * 4 * sizeof(Eight), *b_scales = b + groups * 4 * sizeof(Eight);
-    u16* columns = shared + warp * PARTS * ROWS * STRIDE;
-    float total[TILES][4];
-#pragma unroll
-    for (int t = 0; t < TILES; t++) total[t][0] = total[t][1] = total[t][2] = total[t][3] = 0.0f;
+// What a lane reads of its two outputs before it computes.
+template <class Kind, int GROUPS>
+struct Reading {
+    typename Kind::Eight top[GROUPS], bottom[GROUPS];
+    u32 top_scale[GROUPS], bottom_scale[GROUPS];  // and the offset above it
 
-    for (int group = warp * share; group < last; group += GROUPS) {
-        Eight a_eight[GROUPS], b_eight[GROUPS];
-        u32 a_scale[GROUPS], b_scale[GROUPS];
+    // a, b: the outputs' rows; their scales begin behind all groups.  Behind the last group the last is read again
+    __device__ __forceinline__ void read(const u8* a, const u8* b, int groups, int group, int last) {
+        typedef typename Kind::Eight Eight;
+        const u8 *a_scales = a + groups * 4 * sizeof(Eight), *b_scales = b + groups * 4 * sizeof(Eight);
+        const int c = threadIdx.x % 4;
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
             const int at = group + g < last ? group + g : last - 1;
-            a_eight[g] = reinterpret_cast<const Eight*>(a)[4 * at + c], b_eight[g] = reinterpret_cast<const Eight*>(b)[4 * at + c];
-            if (Kind::OFFSET) {
-                a_scale[g] = reinterpret_cast<const u32*>(a_scales)[at], b_scale[g] = reinterpret_cast<const u32*>(b_scales)[at];
-            } else if (Kind::SCALED) {
-                a_scale[g] = reinterpret_cast<const u16*>(a_scales)[at], b_scale[g] = reinterpret_cast<const u16*>(b_scales)[at];
-            }
+            top[g] = reinterpret_cast<const Eight*>(a)[4 * at + c], bottom[g] = reinterpret_cast<const Eight*>(b)[4 * at + c];
+            if (Kind::OFFSET)
+                top_scale[g] = reinterpret_cast<const u32*>(a_scales)[at], bottom_scale[g] = reinterpret_cast<const u32*>(b_scales)[at];
+            else if (Kind::SCALED)
+                top_scale[g] = reinterpret_cast<const u16*>(a_scales)[at], bottom_scale[g] = reinterpret_cast<const u16*>(b_scales)[at];
         }
-        __syncwarp();  // the last columns are no longer read
-        stage_x<Kind, GROUPS>(x, from, here, k, 32 * group, columns);
+    }
+};
+
+// Up to TILES * 8 / PARTS rows of x, from row blockIdx.y times as many on.  resident: a warp's part of x is in shared memory
+// all the time, and not GROUPS groups of it.
+// GATED: gate and up lie side by side, a block computes 8 of either, and y is activation(gate) * up  [rows, outputs / 2]
+template <class Kind, int TILES, bool GATED>
+__device__ void multiply_tensor(const float* x, int rows, int k, const u8* w, int row_bytes, int outputs, int kind, int resident,
+                                float* y) {
+    constexpr int GROUPS = TILES == 1 ? Kind::GROUPS : TILES <= 3 ? 2 : 1, ROWS = TILES * 8 / PARTS, EACH = GATED ? 8 : 16;
+    DYNAMIC_SHARED(float, shared);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, c = lane % 4, half = outputs / 2;
+    const int from = blockIdx.y * ROWS, here = rows - from < ROWS ? rows - from : ROWS, wanted = GATED ? half : outputs;
+    const int groups = (k + 31) / 32, share = warp_groups(k), first = warp * share;
+    const int last = first + share < groups ? first + share : groups, stride = column_stride(resident ? share : GROUPS);
+    float* sums = shared;  // of all warps, for these outputs and the last ones  [2, WARPS, columns, 16]
+    u16* columns = reinterpret_cast<u16*>(sums + 2 * WARPS * 8 * TILES * 16) + warp * PARTS * here * stride;
+    const auto row_of = [&](int tile, bool lower) {  // what is behind the end is computed and not stored
+        const int output = tile * EACH + r + (lower && !GATED ? 8 : 0);
+        return w + (size_t)((output < wanted ? output : wanted - 1) + (lower && GATED ? half : 0)) * row_bytes;
+    };
+    Reading<Kind, GROUPS> now, next;
+    if (first < last) {
+        now.read(row_of(blockIdx.x, false), row_of(blockIdx.x, true), groups, first, last);
+        if (resident) stage_x<Kind>(x, from, here, k, 32 * first, last - first, stride, columns);
         __syncwarp();
+    }
+    int turn = 0;
+    for (int tile = blockIdx.x; tile * EACH < wanted; tile += gridDim.x, turn ^= 1) {
+        float total[TILES][4];
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            if (group + g >= last) break;
-            float part[TILES][4], plain[TILES][4];
-            u32 top_pairs[4], bottom_pairs[4];
-            uint4 z[TILES];
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                const int n = 8 * t + r < PARTS * here ? 8 * t + r : PARTS * here - 1;
-                z[t] = *reinterpret_cast<const uint4*>(columns + n * STRIDE + 32 * g + 8 * c);
-                part[t][0] = part[t][1] = part[t][2] = part[t][3] = 0.0f;
-                plain[t][0] = plain[t][1] = plain[t][2] = plain[t][3] = 0.0f;
+        for (int t = 0; t < TILES; t++) total[t][0] = total[t][1] = total[t][2] = total[t][3] = 0.0f;
+        for (int group = first; group < last; group += GROUPS) {
+            const bool on = group + GROUPS < last;
+            const int following = on ? tile : tile + gridDim.x;
+            if (following * EACH < wanted)
+                next.read(row_of(following, false), row_of(following, true), groups, on ? group + GROUPS : first, last);
+            if (!resident) {
+                __syncwarp();  // the last columns are no longer read
+                stage_x<Kind>(x, from, here, k, 32 * group, GROUPS, stride, columns);
+                __syncwarp();
             }
+            const u16* from_here = columns + (resident ? 32 * (group - first) : 0) + 8 * c;
 #pragma unroll
-            for (int factor = 0; factor < Kind::FACTORS; factor++) {
-                Kind::pairs(a_eight[g], factor, top_pairs), Kind::pairs(b_eight[g], factor, bottom_pairs);
+            for (int g = 0; g < GROUPS; g++) {
+                if (group + g >= last) break;
+                float part[TILES][4];
+                u32 top[4], bottom[4];
+                uint4 z[TILES];
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    float* sum = Kind::SCALED ? part[t] : total[t];
-                    multiply_tile(sum, top_pairs[0], bottom_pairs[0], top_pairs[1], bottom_pairs[1], z[t].x, z[t].y);
-                    multiply_tile(sum, top_pairs[2], bottom_pairs[2], top_pairs[3], bottom_pairs[3], z[t].z, z[t].w);
+                    const int n = 8 * t + r < PARTS * here ? 8 * t + r : PARTS * here - 1;
+                    z[t] = *reinterpret_cast<const uint4*>(from_here + n * stride + 32 * g);
+                    part[t][0] = part[t][1] = part[t][2] = part[t][3] = 0.0f;
                 }
-            }
-            if (Kind::SCALED) {
-                const float a_factor = from_float16(a_scale[g] & 0xffffu), b_factor = from_float16(b_scale[g] & 0xffffu);
+#pragma unroll
+                for (int factor = 0; factor < Kind::FACTORS; factor++) {
+                    Kind::pairs(now.top[g], factor, top), Kind::pairs(now.bottom[g], factor, bottom);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+                        float* sum = Kind::SCALED ? part[t] : total[t];
+                        multiply_tile(sum, top[0], bottom[0], top[1], bottom[1], z[t].x, z[t].y);
+                        multiply_tile(sum, top[2], bottom[2], top[3], bottom[3], z[t].z, z[t].w);
+                    }
+                }
+                if (!Kind::SCALED) continue;
+                const float a = from_float16(now.top_scale[g] & 0xffffu), b = from_float16(now.bottom_scale[g] & 0xffffu);
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    total[t][0] = fmaf(a_factor, part[t][0], total[t][0]), total[t][1] = fmaf(a_factor, part[t][1], total[t][1]);
-                    total[t][2] = fmaf(b_factor, part[t][2], total[t][2]), total[t][3] = fmaf(b_factor, part[t][3], total[t][3]);
+                    total[t][0] = fmaf(a, part[t][0], total[t][0]), total[t][1] = fmaf(a, part[t][1], total[t][1]);
+                    total[t][2] = fmaf(b, part[t][2], total[t][2]), total[t][3] = fmaf(b, part[t][3], total[t][3]);
                 }
-            }
-            if (Kind::OFFSET) {  // times the sum of x, which is a product with ones
-                const float a_factor = from_float16(a_scale[g] >> 16), b_factor = from_float16(b_scale[g] >> 16);
+                if (!Kind::OFFSET) continue;  // which counts times the sum of x, a product with ones
+                const float c0 = from_float16(now.top_scale[g] >> 16), d0 = from_float16(now.bottom_scale[g] >> 16);
                 const u32 ones = 0x3f803f80u;
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    multiply_tile(plain[t], ones, ones, ones, ones, z[t].x, z[t].y);
-                    multiply_tile(plain[t], ones, ones, ones, ones, z[t].z, z[t].w);
-                    total[t][0] = fmaf(a_factor, plain[t][0], total[t][0]), total[t][1] = fmaf(a_factor, plain[t][1], total[t][1]);
-                    total[t][2] = fmaf(b_factor, plain[t][2], total[t][2]), total[t][3] = fmaf(b_factor, plain[t][3], total[t][3]);
+                    float plain[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    multiply_tile(plain, ones, ones, ones, ones, z[t].x, z[t].y);
+                    multiply_tile(plain, ones, ones, ones, ones, z[t].z, z[t].w);
+                    total[t][0] = fmaf(c0, plain[0], total[t][0]), total[t][1] = fmaf(c0, plain[1], total[t][1]);
+                    total[t][2] = fmaf(d0, plain[2], total[t][2]), total[t][3] = fmaf(d0, plain[3], total[t][3]);
                 }
             }
+            now = next;
         }
-    }
-
-    __syncthreads();  // no columns are read any more: the sums of all warps take their place  [WARPS, columns, 16]
-    float* sums = reinterpret_cast<float*>(shared);
+        float* mine = sums + (turn * WARPS + warp) * 8 * TILES * 16;
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+        for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) sums[((size_t)warp * 8 * TILES + 8 * t + 2 * c + i % 2) * 16 + r + i / 2 * 8] = total[t][i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < here * (GATED ? 8 : 16); i += blockDim.x) {
-        const int row = i / (GATED ? 8 : 16), output = i % (GATED ? 8 : 16);
-        float found[2] = {0.0f, 0.0f};
-        for (int side = 0; side < (GATED ? 2 : 1); side++)
-            for (int part = PARTS - 1; part >= 0; part--)  // from the small to the large
-                for (int other = 0; other < WARPS; other++)
-                    found[side] += sums[((size_t)other * 8 * TILES + PARTS * row + part) * 16 + output + 8 * side];
-        if (GATED && blockIdx.x * 8 + output < half)
-            y[(size_t)(from + row) * half + blockIdx.x * 8 + output] = activation(found[0], kind) * found[1];
-        if (!GATED && blockIdx.x * 16 + output < outputs)
-            y[(size_t)(from + row) * outputs + blockIdx.x * 16 + output] = found[0];
+            for (int i = 0; i < 4; i++) mine[(8 * t + 2 * c + i % 2) * 16 + r + i / 2 * 8] = total[t][i];
+        __syncthreads();  // and so nobody reads the sums of the outputs before the last ones, whose place is the next
+        for (int i = threadIdx.x; i < here * EACH; i += blockDim.x) {
+            const int row = i / EACH, output = tile * EACH + i % EACH;
+            float found[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int side = 0; side < (GATED ? 2 : 1); side++)
+#pragma unroll
+                for (int part = PARTS - 1; part >= 0; part--)  // from the small to the large
+#pragma unroll
+                    for (int other = 0; other < WARPS; other++)
+                        found[side] += sums[((turn * WARPS + other) * 8 * TILES + PARTS * row + part) * 16 + i % EACH + 8 * side];
+            if (output >= wanted) continue;
+            y[(size_t)(from + row) * wanted + output] = GATED ? activation(found[0], kind) * found[1] : found[0];
+        }
     }
 }

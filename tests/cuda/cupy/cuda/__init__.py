@@ -41,6 +41,11 @@ class Device:
         return '80'
 
     @property
+    def attributes(self) -> dict[str, int]:
+        """Some of them; few multiprocessors, so that small products have more work than blocks."""
+        return {'MultiProcessorCount': 2, 'MaxSharedMemoryPerMultiprocessor': 100 << 10}
+
+    @property
     def pci_bus_id(self) -> str:
         """Where the card is in its node."""
         return runtime.deviceGetPCIBusId(self.id)
