@@ -7,49 +7,56 @@
 // puts the parts together.
 
 #define KEYS 128  // threads of a block, too
-// ITEMS: queries times heads of a block; a query that is not there has weight 0.  SPANS: numbers of a head for each thread.
+// ITEMS: queries times heads of a block; a query that is not there has weight 0.  In the sum over V a thread has eight numbers
+// of a head and some of the keys, or, where a head is no multiple of eight, SPANS numbers and all keys.
 // runs: [run, 3] KV head, first head, heads.  split: keys of a block.  A task's part goes to parts [splits, tokens, heads, dim]
 // and its maximum and sum to stats [splits, tokens, heads, 2]; with one split b itself is written.
 template <class Cache, int ITEMS, int SPANS>
 __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64* tasks, const i64* blocks, int block,
-                       const i64* runs, int heads, int dim, i64 num_slots, i64 tokens, i64 window, int sinks, float scale,
+                       const i64* runs, int heads, int dim, i64 num_slots, i64 tokens, int window, int sinks, float scale,
                        float cap, int split, float* b, float* parts, float* stats) {
+    constexpr bool EIGHTS = SPANS == 0;
+    constexpr int OUT = EIGHTS ? 8 : SPANS;
     DYNAMIC_SHARED(float, memory);
     float *queries = memory, *scores = queries + ITEMS * dim, *top = scores + ITEMS * KEYS, *sum = top + ITEMS,
           *factor = sum + ITEMS;
     i64* slots = reinterpret_cast<i64*>(factor + ITEMS + (ITEMS * (dim + KEYS + 3)) % 2);
     const i64 *task = tasks + (size_t)blockIdx.x * TASK_SIZE, *run = runs + 3 * blockIdx.y;
     const int t = threadIdx.x, lane = t % WARP, each = (int)run[2], items = (int)task[ROWS] * each;
-    const i64 low = task[LOW], seen_first = task[SINKS], position = task[POSITION];
-    const i64 columns = seen_first + position + task[ROWS] - low, begin = (i64)blockIdx.z * split;
-    const i64 end = begin + split < columns ? begin + split : columns;
+    const int low = (int)task[LOW], seen_first = (int)task[SINKS], position = (int)task[POSITION];
+    const int columns = seen_first + position + (int)task[ROWS] - low, begin = (int)blockIdx.z * split;
+    const int end = columns - begin < split ? columns : begin + split;
+    const int groups = EIGHTS ? dim / 8 : KEYS, key_steps = KEYS / groups;  // threads of a key; keys that they take at once
     for (int i = t; i < ITEMS * dim; i += KEYS) {
         const int item = i / dim;
         queries[i] = item < items
             ? q[((task[FIRST_ROW] + item / each) * heads + run[1] + item % each) * dim + i % dim] * scale : 0.0f;
     }
     if (t < ITEMS) top[t] = NOTHING_SEEN, sum[t] = 0.0f;
-    float out[SPANS][ITEMS];
+    float out[OUT][ITEMS];
+    int from[ITEMS];  // where the queries stand
 #pragma unroll
-    for (int s = 0; s < SPANS; s++)
+    for (int m = 0; m < ITEMS; m++) {
+        from[m] = position + m / each;
 #pragma unroll
-        for (int m = 0; m < ITEMS; m++) out[s][m] = 0.0f;
+        for (int s = 0; s < OUT; s++) out[s][m] = 0.0f;
+    }
     k += (size_t)run[0] * num_slots * dim;
     v += (size_t)run[0] * num_slots * dim;
 
-    for (i64 at = begin; at < end; at += KEYS) {
-        const int count = (int)(end - at < KEYS ? end - at : KEYS);
+    for (int at = begin; at < end; at += KEYS) {
+        const int count = end - at < KEYS ? end - at : KEYS;
         __syncthreads();  // the queries are there, and the last keys' scores and slots are no longer read
         if (t < count) {
-            const i64 column = at + t, key = column < seen_first ? column : low + column - seen_first;
+            const int column = at + t, key = column < seen_first ? column : low + column - seen_first;
             const i64 slot = slot_of(key, task, blocks, block);
             slots[t] = slot;
             const Cache* row = k + (size_t)slot * dim;
             float score[ITEMS], eight[8];
 #pragma unroll
             for (int m = 0; m < ITEMS; m++) score[m] = 0.0f;
-            if (dim % 8 == 0) {
-#pragma unroll 4
+            if (EIGHTS) {
+#pragma unroll 8
                 for (int d = 0; d < dim; d += 8) {
                     load_eight(row + d, eight);
 #pragma unroll
@@ -71,9 +78,8 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
             }
 #pragma unroll
             for (int m = 0; m < ITEMS; m++) {
-                const i64 from = position + m / each;  // where the query stands
                 if (cap > 0.0f) score[m] = cap * tanhf(score[m] / cap);
-                if (m >= items || key > from || (key <= from - window && key >= sinks)) score[m] = NOTHING_SEEN;
+                if (m >= items || key > from[m] || (key <= from[m] - window && key >= sinks)) score[m] = NOTHING_SEEN;
                 scores[m * KEYS + t] = score[m];
             }
         } else {
@@ -98,37 +104,72 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
         }
         __syncthreads();
 #pragma unroll
-        for (int s = 0; s < SPANS; s++) {
-            const int d = t + s * KEYS;
-            if (d >= dim) break;
+        for (int m = 0; m < ITEMS; m++)
 #pragma unroll
-            for (int m = 0; m < ITEMS; m++) out[s][m] *= factor[m];
+            for (int s = 0; s < OUT; s++) out[s][m] *= factor[m];
+        if (EIGHTS) {
+            if (t / groups < key_steps) {
+#pragma unroll 4
+                for (int i = t / groups; i < count; i += key_steps) {
+                    float eight[8];
+                    load_eight(v + (size_t)slots[i] * dim + t % groups * 8, eight);
+#pragma unroll
+                    for (int m = 0; m < ITEMS; m++)
+#pragma unroll
+                        for (int s = 0; s < 8; s++) out[s % OUT][m] = fmaf(scores[m * KEYS + i], eight[s], out[s % OUT][m]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int s = 0; s < OUT; s++) {
+                const int d = t + s * KEYS;
+                if (d >= dim) break;
 #pragma unroll 8
-            for (int i = 0; i < count; i++) {
-                const float number = cached(v[(size_t)slots[i] * dim + d]);
+                for (int i = 0; i < count; i++) {
+                    const float number = cached(v[(size_t)slots[i] * dim + d]);
 #pragma unroll
-                for (int m = 0; m < ITEMS; m++) out[s][m] = fmaf(scores[m * KEYS + i], number, out[s][m]);
+                    for (int m = 0; m < ITEMS; m++) out[s][m] = fmaf(scores[m * KEYS + i], number, out[s][m]);
+                }
             }
         }
     }
 
     __syncthreads();  // the last maxima and sums are there
     const bool whole = gridDim.z == 1;
-#pragma unroll
-    for (int s = 0; s < SPANS; s++) {
-        const int d = t + s * KEYS;
-        if (d >= dim) break;
-#pragma unroll
-        for (int m = 0; m < ITEMS; m++) {
-            if (m >= items) break;
-            const size_t row = (task[FIRST_ROW] + m / each) * heads + run[1] + m % each;
-            if (whole) b[row * dim + d] = out[s][m] / sum[m];
-            else if (end > begin) parts[((size_t)blockIdx.z * tokens * heads + row) * dim + d] = out[s][m];
-        }
-    }
+    const float total = t < items ? sum[t] : 0.0f, highest = t < items ? top[t] : 0.0f;
+    const auto row_of = [&](int item) { return (size_t)(task[FIRST_ROW] + item / each) * heads + run[1] + item % each; };
+    const auto put = [&](int item, int d, float x, float divisor) {
+        if (whole) b[row_of(item) * dim + d] = x / divisor;
+        else if (end > begin) parts[((size_t)blockIdx.z * tokens * heads + row_of(item)) * dim + d] = x;
+    };
     if (!whole && t < items) {
-        float* stat = stats + 2 * ((size_t)blockIdx.z * tokens * heads + (task[FIRST_ROW] + t / each) * heads + run[1] + t % each);
-        stat[0] = top[t], stat[1] = end > begin ? sum[t] : 0.0f;
+        float* stat = stats + 2 * ((size_t)blockIdx.z * tokens * heads + row_of(t));
+        stat[0] = highest, stat[1] = end > begin ? total : 0.0f;
+    }
+    if (EIGHTS) {  // the sums over some of the keys become one, in their order  [key_steps, items, dim]
+        float *divisors = sum, *some = reinterpret_cast<float*>(slots);
+        if (t / groups < key_steps) {
+#pragma unroll
+            for (int m = 0; m < ITEMS; m++)
+#pragma unroll
+                for (int s = 0; s < 8; s++)
+                    if (m < items) some[(t / groups * items + m) * dim + t % groups * 8 + s] = out[s % OUT][m];
+        }
+        __syncthreads();
+        for (int i = t; i < items * dim; i += KEYS) {
+            float x = 0.0f;
+            for (int step = 0; step < key_steps; step++) x += some[step * items * dim + i];
+            put(i / dim, i % dim, x, divisors[i / dim]);
+        }
+    } else {
+#pragma unroll
+        for (int s = 0; s < OUT; s++) {
+            const int d = t + s * KEYS;
+            if (d >= dim) break;
+#pragma unroll
+            for (int m = 0; m < ITEMS; m++)
+                if (m < items) put(m, d, out[s][m], sum[m]);
+        }
     }
 }
 

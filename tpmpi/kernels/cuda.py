@@ -25,11 +25,11 @@ from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
 THREADS = 128
 OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # of products.cu: a warp computes two
 USUAL_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without asking
-TILE_KEYS, TILE_THREADS = 32, 128  # attention_tiles.cu
+TILE_KEYS, TILE_THREADS = 32, 256  # attention_tiles.cu
 WARPS, PARTS, TILE = 8, 3, 16  # tensor.cu: of a block; of a number of x; outputs of a block
 FEW_ROWS = 32  # from more on the library's product is faster
 UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
-EVERYWHERE = 1 << 62  # a window that hides nothing
+EVERYWHERE = 1 << 30  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
 BITS = {'float32': 32, 'bfloat16': 16, 'float16': 16, 'int8': 8, 'int4': 4}
 GRID_Y = 65535  # blocks along y, at most
@@ -327,25 +327,28 @@ class Kernels:
                                                                           _tiled(dim))
         keys, block = (cache.k, cache.v), np.int32(segments[0].ring.block)
         sizes = runs, np.int32(heads), np.int32(dim), np.int64(cache.k.shape[1])
-        hidden, factors = np.int64(EVERYWHERE if window is None else window), (np.float32(scale), np.float32(cap or 0))
+        hidden, factors = np.int32(EVERYWHERE if window is None else min(window, EVERYWHERE)), (np.float32(scale), np.float32(cap or 0))
         if len(tiles):
             wide = next(n for n in TILE_DIMS if n >= dim)
             name = f'attend_tiles_{_kv(cache)}_{wide}' + '_rounded' * self.rounded
             parts = 2 if cache.k.dtype == np.float32 and not self.rounded else 1
-            numbers = parts * TILE_KEYS * (2 * wide + 32 * (wide % 64 == 0))
-            seconds = 0 if self.rounded else 16 * TILE_THREADS * wide // 16
-            self._launch('attention_tiles', name, (len(tiles), len(runs)), TILE_THREADS, q, *keys, tiles, blocks, block, *sizes,
-                         hidden, np.int32(sinks), *factors, b, shared=2 * numbers + 8 * 2 * TILE_KEYS + seconds)
+            both = 2 * 2 * parts * TILE_KEYS * (2 * wide + 32 * (wide % 64 == 0))  # bytes, K and V of both halves
+            seconds, slots = 0 if self.rounded else TILE_THREADS // 2 * wide, 8 * 4 * TILE_KEYS
+            self._launch('attention_tiles', name, (len(runs), len(tiles)), TILE_THREADS, q, *keys, tiles, blocks, block, *sizes,
+                         hidden, np.int32(sinks), *factors, b,
+                         shared=max(both + slots + seconds, 4 * TILE_THREADS // 2 * (wide // 2 + 4)))
         if len(tasks) == 0:
             return b
         parts = stats = None
         if splits > 1:
             parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
-        spans = next(n for n in SPANS if n * KEYS >= dim)
+        by_eights = dim % 8 == 0 and dim <= 8 * KEYS
+        spans = 0 if by_eights else next(n for n in SPANS if n * KEYS >= dim)
         floats = items * (dim + KEYS + 3)
+        floats += floats % 2 + max(2 * KEYS, 8 * KEYS * items if by_eights else 0)  # slots, and in their place sums
         self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS, q, *keys, tasks,
                      blocks, block, *sizes, np.int64(tokens), hidden, np.int32(sinks), *factors, np.int32(split), b, parts, stats,
-                     shared=4 * (floats + floats % 2) + 8 * KEYS)
+                     shared=4 * floats)
         if splits > 1:
             self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
                          np.int32(dim), np.int64(tokens), b, shared=4 * (splits + THREADS // 32))

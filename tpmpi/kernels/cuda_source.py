@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix of float32
 TENSOR_ROWS = {2: 1, 8: 3, 16: 6}  # of x, in one reading of a matrix of another kind: the tiles of 8 columns that they take
-ITEMS, SPANS = (1, 4, 8), (1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS
+ITEMS, SPANS = (1, 4, 8), (0, 1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS, or 0: by eights
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
 TILE_DIMS = (64, 96, 128)  # instances of attention_tiles.cu: head_dim, or more
@@ -62,12 +62,12 @@ def _entries(name: str) -> list[str]:
             found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
                 f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
                 'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
-                'long long window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'), _bounds(128, 2))
+                'int window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'), _bounds(128, 2))
                 for items in ITEMS for spans in SPANS]
         if name == 'attention_tiles':
             found += [entry(f'attend_tiles_{kv}_{dim}{called}', f'attend_tiles<{number}, {dim}, {rounded}>', (
                 f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
-                'int block, const long long* runs, int heads, int dim, long long num_slots, long long window, int sinks, '
-                'float scale, float cap, float* b'), _bounds(128, 2))
+                'int block, const long long* runs, int heads, int dim, long long num_slots, int window, int sinks, '
+                'float scale, float cap, float* b'), _bounds(256, 1))
                 for dim in TILE_DIMS for called, rounded in (('', 'false'), ('_rounded', 'true'))]
     return found

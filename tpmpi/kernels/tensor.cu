@@ -74,29 +74,32 @@ __device__ __forceinline__ int warp_groups(int k) { return ((k + 31) / 32 + WARP
 // Columns `first` … of rows `from` … of x for a warp, `count` groups, in three parts, zeros behind the end of a row.
 template <class Kind>
 __device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, int count, int stride, u16* columns) {
-    const int fours = 8 * count;
-    for (int i = threadIdx.x % WARP; i < rows * fours; i += WARP) {
-        const int row = i / fours, at = i % fours * 4, column = first + at;
-        const float* source = x + (size_t)(from + row) * k + column;
-        float four[4];
-        if (k % 4 == 0 && column < k) {
-            const float4 loaded = *reinterpret_cast<const float4*>(source);
-            four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
-        } else {
+    for (int row = 0; row < rows; row++) {
+        const float* source = x + (size_t)(from + row) * k + first;
+#pragma unroll 4
+        for (int at = threadIdx.x % WARP * 4; at < 32 * count; at += 4 * WARP) {
+            const int left = k - first - at;
+            float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (k % 4 == 0 && left > 0) {
+                const float4 loaded = *reinterpret_cast<const float4*>(source + at);
+                four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
+            } else if (left > 0) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) four[j] = column + j < k ? source[j] : 0.0f;
-        }
-        u16* out = columns + PARTS * row * stride;
-#pragma unroll
-        for (int part = 0; part < PARTS; part++, out += stride) {
-            if (Kind::OFFSET) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
-            } else {
-                *reinterpret_cast<uint2*>(out + at) = make_uint2(upper_halves(four[0], four[1]), upper_halves(four[2], four[3]));
+                for (int j = 0; j < 4; j++)
+                    if (j < left) four[j] = source[at + j];
             }
+            u16* out = columns + PARTS * row * stride;
 #pragma unroll
-            for (int j = 0; j < 4; j++) four[j] = rest(four[j]);
+            for (int part = 0; part < PARTS; part++, out += stride) {
+                if (Kind::OFFSET) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
+                } else {
+                    *reinterpret_cast<uint2*>(out + at) = make_uint2(upper_halves(four[0], four[1]), upper_halves(four[2], four[3]));
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++) four[j] = rest(four[j]);
+            }
         }
     }
 }
