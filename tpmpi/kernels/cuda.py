@@ -48,6 +48,8 @@ class Kernels:
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
         self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
+        self.halved = False  # there are matrices that many rows meet as numbers of bfloat16
+        self.halves = None, None  # the last result of a norm or an activation, and it in halves: a product is what comes next
         self.allowed = {}  # bytes of dynamic shared memory of those that need more than usual
         self.launches = 0  # of these kernels, of products by cuBLAS and of graphs
         self.kind_of_step = None  # of two steps of one kind the same kernels are launched with the same arguments
@@ -114,6 +116,7 @@ class Kernels:
     def new_experts(self, count: int, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=None) -> Weight:
         """Empty packed matrices of one shape, one for each expert, as one Weight; `fill` fills each `expert` of it."""
         k, outputs = (rows, hidden_size) if transposed else (hidden_size, rows)
+        self.halved |= kind != 'float32'
         width = -(-(_values_bytes(k, kind) + _groups_bytes(k, kind)) // 16) * 16
         return Weight(self.xp.zeros((count, outputs, width), self.xp.uint8), kind, letter, k, outputs)
 
@@ -158,15 +161,15 @@ class Kernels:
 
     def _norm(self, x, gain, bias, eps: float, centred: bool):
         y, threads = self.xp.empty_like(x), _row_threads(x.shape[1])
-        self._launch('elementwise', 'norm_rows', (len(x),), threads, x, gain, bias, y, np.int32(x.shape[1]), np.int32(centred),
-                     np.float32(eps), shared=threads // 8)
+        self._launch('elementwise', 'norm_rows', (len(x),), threads, x, gain, bias, y, *self._room_for_halves(y),
+                     np.int32(x.shape[1]), np.int32(centred), np.float32(eps), shared=threads // 8)
         return y
 
     def added_norm(self, x, part, kind: str, gain, bias, eps: float):
         """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
         y, threads = self.xp.empty_like(part), _row_threads(x.shape[1])
-        self._launch('elementwise', 'added_norm_rows', (len(x),), threads, x, part, gain, bias, y, np.int32(x.shape[1]),
-                     np.int32(kind == 'layer'), np.float32(eps), shared=threads // 8)
+        self._launch('elementwise', 'added_norm_rows', (len(x),), threads, x, part, gain, bias, y, *self._room_for_halves(y),
+                     np.int32(x.shape[1]), np.int32(kind == 'layer'), np.float32(eps), shared=threads // 8)
         return y
 
     def norm_heads(self, qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
@@ -208,10 +211,11 @@ class Kernels:
         ffn = gate_up.shape[1] // 2
         y = self.xp.empty((len(gate_up), ffn), self.xp.float32)
         if ffn:
+            halves = self._room_for_halves(y)
             for first in range(0, len(gate_up), GRID_Y):
                 part = slice(first, first + GRID_Y)
                 self._launch('elementwise', 'gated_activation', (-(-ffn // 1024), len(y[part])), 256, gate_up[part], y[part],
-                             np.int32(ffn), np.int32(ACTIVATIONS[kind]))
+                             *(x if x is None else x[part] for x in halves), np.int32(ffn), np.int32(ACTIVATIONS[kind]))
         return y
 
     def linear(self, x, weight: Weight, out=None):
@@ -262,9 +266,11 @@ class Kernels:
         if weight.kind == 'float32':
             self._add_product(weight.data.view(xp.float32), x, y, first=True)
             return
-        halves = [xp.empty(x.shape, xp.uint16) for _ in range(1 if self.rounded else 2)]
-        self._launch('products', 'split_rows', (-(-x.size // 1024),), 256, x, np.int64(x.size), *halves,
-                     *[None] * (2 - len(halves)))
+        halves = self.halves[1] if self.halves[0] is x else None
+        if halves is None:
+            halves = self._new_halves(x.shape)
+            self._launch('products', 'split_rows', (-(-x.size // 1024),), 256, x, np.int64(x.size), *halves)
+        halves = [half for half in halves if half is not None]
         if weight.kind == 'bfloat16':
             for i, half in enumerate(halves):
                 self._add_product(weight.data.view(xp.uint16), half, y, first=i == 0)
@@ -278,6 +284,17 @@ class Kernels:
                          *[None] * (2 - parts))
             for i, (w, half) in enumerate([(w, half) for w in unpacked for half in halves][:3]):  # low times low is nothing
                 self._add_product(w, half, y[:, first:first + step], first=i == 0)
+
+    def _new_halves(self, shape: tuple[int, ...]) -> tuple:
+        """Room for numbers as one or two of bfloat16: the nearest one, and what is left or None."""
+        return self.xp.empty(shape, self.xp.uint16), None if self.rounded else self.xp.empty(shape, self.xp.uint16)
+
+    def _room_for_halves(self, y) -> tuple:
+        """Where a kernel puts y, too, if the product that follows will want it so; see `halves`."""
+        if len(y) <= FEW_ROWS or not self.halved:
+            return None, None
+        self.halves = y, self._new_halves(y.shape)
+        return self.halves[1]
 
     def _add_product(self, w, x, y, first: bool) -> None:
         """y = x · w^T, or y += where it is not the first.  w: [out, in and padding], x: [rows, in], y: [rows, out and more]"""

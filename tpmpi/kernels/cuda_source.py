@@ -10,7 +10,7 @@ ITEMS, SPANS = (1, 4, 8), (0, 1, 2, 4)  # instances of attention.cu: queries tim
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
 TILE_DIMS = (64, 96, 128)  # instances of attention_tiles.cu: head_dim, or more
-FILES = {'elementwise': (), 'products': (), 'tensor': ('tiles',), 'attention': ('rings',),  # and what they build on
+FILES = {'elementwise': ('rows',), 'products': ('rows',), 'tensor': ('tiles',), 'attention': ('rings',),  # and what they build on
          'attention_tiles': ('tiles', 'rings'), 'head': ()}
 
 

@@ -1,25 +1,11 @@
 // What is computed row by row or number by number.  A row is a token; one block of threads for each.
 
-template <int STEP>
-__device__ __forceinline__ void load(const float* x, float* out) {  // 1 or 4 numbers that lie side by side
-    if (STEP == 4) {
-        const float4 four = *reinterpret_cast<const float4*>(x);
-        out[0] = four.x, out[STEP / 4] = four.y, out[STEP / 2] = four.z, out[STEP - 1] = four.w;
-    } else {
-        out[0] = x[0];
-    }
-}
-template <int STEP>
-__device__ __forceinline__ void store(float* x, const float* in) {
-    if (STEP == 4) *reinterpret_cast<float4*>(x) = make_float4(in[0], in[STEP / 4], in[STEP / 2], in[STEP - 1]);
-    else x[0] = in[0];
-}
-
 // y = x / sqrt(mean(x^2) + eps) * gain, or with the mean taken off first, and a bias (may be null).   x and y may be the same
 // STEP: numbers that a thread takes side by side, 4 where n is a multiple and the arrays begin at one.
+// high, low: where y goes, too, as the sum of two numbers of bfloat16, for a product by the library; null where it does not
 template <int STEP>
-__device__ __forceinline__ void norm_row(const float* x, const float* gain, const float* bias, float* y, int n, int centred,
-                                         float eps, float* parts) {
+__device__ __forceinline__ void norm_row(const float* x, const float* gain, const float* bias, float* y, u16* high, u16* low, int n,
+                                         int centred, float eps, float* parts) {
     float mean = 0.0f;
     if (centred) {
         for (int i = STEP * threadIdx.x; i < n; i += STEP * blockDim.x)
@@ -38,35 +24,41 @@ __device__ __forceinline__ void norm_row(const float* x, const float* gain, cons
         if (bias)
             for (int j = 0; j < STEP; j++) out[j] += bias[i + j];
         store<STEP>(y + i, out);
+        if (high) store_halves<STEP>(high + i, low ? low + i : low, out);
     }
 }
 
-extern "C" __global__ void norm_rows(const float* x, const float* gain, const float* bias, float* y, int n, int centred, float eps) {
+extern "C" __global__ void norm_rows(const float* x, const float* gain, const float* bias, float* y, unsigned short* high,
+                                     unsigned short* low, int n, int centred, float eps) {
     DYNAMIC_SHARED(float, parts);
     const size_t row = (size_t)blockIdx.x * n;
-    if (n % 4 == 0) norm_row<4>(x + row, gain, bias, y + row, n, centred, eps, parts);
-    else norm_row<1>(x + row, gain, bias, y + row, n, centred, eps, parts);
+    if (high) high += row;
+    if (low) low += row;
+    if (n % 4 == 0) norm_row<4>(x + row, gain, bias, y + row, high, low, n, centred, eps, parts);
+    else norm_row<1>(x + row, gain, bias, y + row, high, low, n, centred, eps, parts);
 }
 
 // part += x, and the norm of it.
 template <int STEP>
-__device__ __forceinline__ void added_norm_row(const float* x, float* part, const float* gain, const float* bias, float* y, int n,
-                                               int centred, float eps, float* parts) {
+__device__ __forceinline__ void added_norm_row(const float* x, float* part, const float* gain, const float* bias, float* y,
+                                               u16* high, u16* low, int n, int centred, float eps, float* parts) {
     float in[STEP], sum[STEP];
     for (int i = STEP * threadIdx.x; i < n; i += STEP * blockDim.x) {  // each thread reads its own again
         load<STEP>(x + i, in), load<STEP>(part + i, sum);
         for (int j = 0; j < STEP; j++) sum[j] += in[j];
         store<STEP>(part + i, sum);
     }
-    norm_row<STEP>(part, gain, bias, y, n, centred, eps, parts);
+    norm_row<STEP>(part, gain, bias, y, high, low, n, centred, eps, parts);
 }
 
-extern "C" __global__ void added_norm_rows(const float* x, float* part, const float* gain, const float* bias, float* y, int n,
-                                           int centred, float eps) {
+extern "C" __global__ void added_norm_rows(const float* x, float* part, const float* gain, const float* bias, float* y,
+                                           unsigned short* high, unsigned short* low, int n, int centred, float eps) {
     DYNAMIC_SHARED(float, parts);
     const size_t row = (size_t)blockIdx.x * n;
-    if (n % 4 == 0) added_norm_row<4>(x + row, part + row, gain, bias, y + row, n, centred, eps, parts);
-    else added_norm_row<1>(x + row, part + row, gain, bias, y + row, n, centred, eps, parts);
+    if (high) high += row;
+    if (low) low += row;
+    if (n % 4 == 0) added_norm_row<4>(x + row, part + row, gain, bias, y + row, high, low, n, centred, eps, parts);
+    else added_norm_row<1>(x + row, part + row, gain, bias, y + row, high, low, n, centred, eps, parts);
 }
 
 // Each head of blockIdx.x's row through a norm of its own, in place.  stride: from a row to the next, in numbers
@@ -75,7 +67,7 @@ extern "C" __global__ void norm_heads(float* x, long long stride, int head_dim, 
     DYNAMIC_SHARED(float, parts);
     const int head = blockIdx.y * head_dim;
     float* row = x + blockIdx.x * stride + head;
-    norm_row<1>(row, gain + head, bias ? bias + head : bias, row, head_dim, centred, eps, parts);
+    norm_row<1>(row, gain + head, bias ? bias + head : bias, row, nullptr, nullptr, head_dim, centred, eps, parts);
 }
 
 // The sum of squares of columns first … last - 1, into one column of y [tokens, width].
@@ -99,18 +91,24 @@ extern "C" __global__ void activate(const float* x, float* y, long long count, i
     if (i < count) y[i] = activation(x[i], kind);
 }
 
-// activation(gate) * up, four numbers for each thread.  [tokens, 2 ffn] -> [tokens, ffn]; blockIdx.y is the token
-extern "C" __global__ void gated_activation(const float* x, float* y, int ffn, int kind) {
+// activation(gate) * up, four numbers for each thread; high, low: see norm_row.
+// [tokens, 2 ffn] -> [tokens, ffn]; blockIdx.y is the token
+extern "C" __global__ void gated_activation(const float* x, float* y, unsigned short* high, unsigned short* low, int ffn, int kind) {
     const int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
     const float *gate = x + (size_t)blockIdx.y * 2 * ffn, *up = gate + ffn;
-    y += (size_t)blockIdx.y * ffn;
+    const size_t row = (size_t)blockIdx.y * ffn;
     if (ffn % 4 == 0 && i < ffn) {
         float g[4], u[4];
         load<4>(gate + i, g), load<4>(up + i, u);
         for (int j = 0; j < 4; j++) u[j] *= activation(g[j], kind);
-        store<4>(y + i, u);
+        store<4>(y + row + i, u);
+        if (high) store_halves<4>(high + row + i, low ? low + row + i : low, u);
     } else {
-        for (int j = i; j < i + 4 && j < ffn; j++) y[j] = activation(gate[j], kind) * up[j];
+        for (int j = i; j < i + 4 && j < ffn; j++) {
+            const float u = activation(gate[j], kind) * up[j];
+            y[row + j] = u;
+            if (high) store_halves<1>(high + row + j, low ? low + row + j : low, &u);
+        }
     }
 }
 

@@ -173,23 +173,14 @@ __device__ void embed(const i64* tokens, i64 start, i64 stop, const u8* w, int r
     for (int i = threadIdx.x; i < k; i += blockDim.x) y[(size_t)blockIdx.x * k + i] = mine ? Kind::value(row, groups, i) : 0.0f;
 }
 
-// For the library's product of many rows: numbers as the sum of two of bfloat16.  low may be null: only the nearest is kept.
-
-__device__ __forceinline__ void split(float x, u16* high, u16* low, size_t at) {
-    high[at] = to_bfloat16(x);
-    if (low) low[at] = to_bfloat16(x - from_bfloat16(high[at]));
-}
-
 extern "C" __global__ void split_rows(const float* x, long long count, unsigned short* high, unsigned short* low) {
     const long long i = 4 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
     if (i + 4 <= count) {
-        const float4 four = *reinterpret_cast<const float4*>(x + i);
-        ushort4 a, b;
-        split(four.x, &a.x, &b.x, 0), split(four.y, &a.y, &b.y, 0), split(four.z, &a.z, &b.z, 0), split(four.w, &a.w, &b.w, 0);
-        *reinterpret_cast<ushort4*>(high + i) = a;
-        if (low) *reinterpret_cast<ushort4*>(low + i) = b;
+        float four[4];
+        load<4>(x + i, four);
+        store_halves<4>(high + i, low ? low + i : low, four);
     } else {
-        for (long long j = i; j < count; j++) split(x[j], high, low, j);
+        for (long long j = i; j < count; j++) store_halves<1>(high + j, low ? low + j : low, x + j);
     }
 }
 
@@ -198,5 +189,12 @@ template <class Kind>
 __device__ void unpack(const u8* w, int row_bytes, int k, u16* high, u16* low) {
     const u8* row = w + (size_t)blockIdx.x * row_bytes;
     const u16* groups = reinterpret_cast<const u16*>(row + weight_bytes<Kind>(k));
-    for (int i = threadIdx.x; i < k; i += blockDim.x) split(Kind::value(row, groups, i), high, low, (size_t)blockIdx.x * k + i);
+    high += (size_t)blockIdx.x * k;
+    if (low) low += (size_t)blockIdx.x * k;
+    for (int i = 4 * threadIdx.x; i < k; i += 4 * blockDim.x) {
+        float four[4];
+        for (int j = 0; j < 4; j++) four[j] = i + j < k ? Kind::value(row, groups, i + j) : 0.0f;
+        if (k % 4 == 0) store_halves<4>(high + i, low ? low + i : low, four);
+        else for (int j = 0; j < 4 && i + j < k; j++) store_halves<1>(high + i + j, low ? low + i + j : low, four + j);
+    }
 }
