@@ -3,9 +3,10 @@
     python data/measure_gpu.py --ranks 1
     python data/measure_gpu.py --ranks 4 --collectives mpi staged nccl
 
-Each run is `tpmpi.bench --device cuda --json`, and the table shows, in Markdown: prefill and decode in tokens/s, the part of the rate of copies measured in the same run that
-decode reaches, launches of a token, and the time of all-reduces, of a token and of one alone.  A run that fails is a line
-with what it said.  `pytest -m gpu` shows first that all results are right.
+Each run is `tpmpi.bench --device cuda --json`, and the table shows, in Markdown: prefill and decode in tokens/s, the parts
+that they reach of the rates of products of bfloat16 and of copies measured in the same run, launches of a token, and the time
+of all-reduces, of a token and of one alone.  A run that fails is a line with what it said.  `pytest -m gpu` shows first that
+all results are right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-COLUMNS = {'prefill_tokens_per_s': 'prefill, tokens/s', 'decode_tokens_per_s': 'decode, tokens/s',
+COLUMNS = {'prefill_tokens_per_s': 'prefill, tokens/s', 'prefill_fraction': 'of the rate of products',
+           'decode_tokens_per_s': 'decode, tokens/s',
            'bandwidth_fraction': 'of the rate of copies', 'launches_per_token': 'launches a token',
            'allreduce_us_per_token': 'all-reduce, us a token', 'allreduce_us_alone': 'one alone, us'}
 
@@ -29,8 +31,9 @@ def command(o: argparse.Namespace, kind: str, collective: str) -> list[str]:
     beside = Path(sys.executable).parent / 'mpirun'
     launcher = str(beside) if beside.exists() else shutil.which('mpirun') or 'mpirun'
     return [launcher, '-n', str(o.ranks), sys.executable, '-m', 'tpmpi.bench', '--device', 'cuda', '--json',
-            *(('--model', str(o.model)) if o.model else ('--random', o.shape)), '--weights', kind, '--collective', collective, '--prompt-tokens', str(o.prompt_tokens),
-            '--new-tokens', str(o.new_tokens), '--batch', str(o.batch), *shlex.split(o.options)]
+            *(('--model', str(o.model)) if o.model else ('--random', o.shape)), '--weights', kind, '--collective', collective,
+            '--prompt-tokens', str(o.prompt_tokens), '--new-tokens', str(o.new_tokens), '--batch', str(o.batch),
+            *shlex.split(o.options)]
 
 
 def run(arguments: list[str]) -> dict:
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None, run=run) -> int:
     o = parse(argv)
     results = [(kind, collective, run(command(o, kind, collective))) for kind in o.kinds for collective in o.collectives]
     devices = [found['device'] for _, _, found in results if 'device' in found]
-    print(f'{devices[0] if devices else "no GPU"}, {o.ranks} ranks, {o.model.name if o.model else o.shape}, batch {o.batch}: {o.prompt_tokens} + '
+    print(f'{devices[0] if devices else "no GPU"}, {o.ranks} ranks, {o.model or o.shape}, batch {o.batch}: {o.prompt_tokens} + '
           f'{o.new_tokens} tokens\n\n{table(results)}')
     return int(any('failed' in found for _, _, found in results))
 

@@ -260,7 +260,7 @@ def test_a_model_that_does_not_fit_is_refused_before_a_weight_is_read(monkeypatc
     with CheckpointReader(nine_heads) as reader:
         part, run = shard(reader.config, 0, 1), RunConfig(device='cuda')
         device = open_gpu(visible_gpus({}), 0)
-        with pytest.raises(DeviceError, match=r'^cuda:0 Fake GPU: 0\.27 GB are needed .*weights 0\.00.* and 0\.10 GB are free'):
+        with pytest.raises(DeviceError, match=r'^cuda:0 Fake GPU: 0\.41 GB are needed .*weights 0\.00.* and 0\.10 GB are free'):
             api._check_memory(device, 1, reader, part, run)
         gpu_driver.install(monkeypatch, gpu_driver.make([gpu(0)], free=400_000_000))
         device = open_gpu(visible_gpus({}), 0)

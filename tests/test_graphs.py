@@ -10,7 +10,7 @@ import pytest
 from ranks import environment, run_program
 
 from tpmpi.device import Device, Gpu
-from tpmpi.graphs import Graphs
+from tpmpi.graphs import SUMS_ALONE, Graphs
 
 
 def check(reports, models, size):
@@ -20,10 +20,14 @@ def check(reports, models, size):
             assert found['same'] and found['usable'], name
             assert found['sums'][0] == found['sums'][1]
             assert found['kinds'] == 0 if config.num_experts else found['kinds'] > 0
-            assert set(found['parts']) <= {1 if size == 1 else found['sums'][0] // STEPS + 1}
+            assert set(found['parts']) <= {graphs_of_a_step(found['sums'][0] // STEPS, size)}
 
 
 STEPS = 24
+
+
+def graphs_of_a_step(sums, size):
+    return sums + 1 if size > 1 else -(-sums // SUMS_ALONE) + 1
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='no g++: the kernels cannot be run on the CPU')
@@ -34,7 +38,7 @@ def test_steps_by_graphs_have_the_same_bits(models, size, collective):
     check(reports, models, size)
     config, last = models['nine_heads'][1], reports['nine_heads'][0]
     assert sum(last['before'].values()) >= 8 * config.num_layers + 3  # kernels of a step
-    assert last['launches'] == {'graph': 1 if size == 1 else 2 * config.num_layers + 2}
+    assert last['launches'] == {'graph': graphs_of_a_step(2 * config.num_layers + 1, size)}
 
 
 @pytest.mark.gpu

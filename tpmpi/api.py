@@ -97,7 +97,7 @@ class LLM:
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
          kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0,
-         collective: str = 'auto', share_gpu: bool = False, cuda_graphs: str = 'off', session=None, group=None,
+         collective: str = 'auto', share_gpu: bool = False, cuda_graphs: str = 'auto', session=None, group=None,
          tracing: bool = False) -> LLM:
     """Load this rank's shard of a model file, or of random_model.RandomReader, on every rank.
 

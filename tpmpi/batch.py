@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--device', default='auto', choices=DEVICES)
     p.add_argument('--collective', default='auto', choices=COLLECTIVES, help='how sums over the ranks go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
-    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='off', help='auto: launch kernels of a GPU together')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='auto', help='off: launch kernels of a GPU one by one')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
     p.add_argument('--time-limit', type=seconds, metavar='TIME', help='stop in time to be started again: seconds, or H:M:S')

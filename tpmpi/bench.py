@@ -26,6 +26,7 @@ STREAM_TOTAL = 1 << 30  # bytes that all ranks together stream at least: far mor
 STREAM_MOST = 4 << 30  # bytes that one rank streams at most: more would show nothing new, and may not be there
 STREAM_PASSES = 5
 SUMS = 50  # all-reduces that are timed alone
+MOST_PRODUCT = 8192  # rows and columns of the product of two matrices that is timed alone
 
 
 @dataclass
@@ -59,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--device', choices=DEVICES)
     p.add_argument('--collective', choices=COLLECTIVES, help='how sums over the ranks go (see tpmpi.run)')
     p.add_argument('--share-gpu', action='store_true', default=None, help='several ranks may compute on one GPU')
-    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, help='auto: launch kernels of a GPU together (default: off)')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, help='off: launch kernels of a GPU one by one (default: auto)')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--json', action='store_true', help='one JSON object instead of the table')
     options = p.parse_args(argv)
@@ -196,6 +197,43 @@ def copy_seconds(comm, device, source, target) -> list[float]:
     return times[1:]
 
 
+def product_flops(engine) -> float:
+    """This rank's median rate for a square product of bfloat16 by the GPU's library, as large as the model's, in 1/s."""
+    device, size = engine.device, min(MOST_PRODUCT, -(-engine.model.config.ffn_size // 64) * 64)
+    xp, cuda, times = device.xp, device.xp.cuda, []
+    x = xp.asarray(_random_halves(size))
+    y = xp.empty((size, size), xp.float32)
+    for _ in range(STREAM_PASSES + 1):
+        begin, end = cuda.Event(), cuda.Event()
+        begin.record(device.stream)
+        engine.ops.products.add_product(x, x, y, first=True)
+        end.record(device.stream)
+        end.synchronize()
+        times.append(cuda.get_elapsed_time(begin, end) / 1e3)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def _random_halves(size: int):
+    """A square of random numbers as the bits of bfloat16: of zeros a product is faster."""
+    import numpy as np
+
+    from tpmpi.weights import encode_bfloat16
+    return encode_bfloat16(np.random.default_rng(0).standard_normal((size, size), np.float32))
+
+
+def flops_per_token(model) -> int:
+    """Of this rank's matrices in all layers, of experts those that one token goes to."""
+    def count(weight) -> float:
+        return sum(map(count, weight.data)) if weight.kind == 'mixed' else 2.0 * weight.in_features * weight.out_features
+
+    chosen, total = model.config.experts_per_token, 0.0
+    for layer in model.layers:
+        total += sum(count(w) for w in layer.matrices)
+        if hasattr(layer.mlp, 'router'):
+            total += (chosen - 1) * (count(layer.mlp.up) + count(layer.mlp.down))
+    return round(total)
+
+
 def sum_seconds(engine, rows: int) -> float:
     """This rank's median time for one all-reduce of what a layer of such a step sums, with nothing else under way."""
     device, times = engine.device, []
@@ -249,13 +287,16 @@ def measure(llm: api.LLM, options: argparse.Namespace) -> dict:
     everyone = comm.exchange((moved, times))
     passes = zip(*(times for _, times in everyone), strict=True)
     stream = sum(moved for moved, _ in everyone) / statistics.median(max(ranks) for ranks in passes)
+    prefill = options.batch * depth / per_round(lambda ranks: max(r.prefill_seconds for r in ranks))
     of_gpus = {} if engine.device.gpu is None else {
+        'product_tflops': round(sum(products := comm.exchange(product_flops(engine))) / 1e12, 3),
+        'prefill_fraction': round(prefill * sum(comm.exchange(flops_per_token(model))) / sum(products), 4),
         'copy_gb_per_s_by_rank': [round(moved / statistics.median(times) / 1e9, 3) for moved, times in everyone],
         'launches_per_token': round(rounds[0].launches / decoded, 3),
         'collective': 'none' if comm.size == 1 else comm.carrier.name,
         'allreduce_us_alone': 0.0 if comm.size == 1 else round(1e6 * max(comm.exchange(sum_seconds(engine, options.batch))), 3)}
     return of_gpus | {
-        'prefill_tokens_per_s': round(options.batch * depth / per_round(lambda ranks: max(r.prefill_seconds for r in ranks)), 3),
+        'prefill_tokens_per_s': round(prefill, 3),
         'decode_tokens_per_s': round(options.batch / step, 3),
         'weights_gb_per_s': round(sum(weights) / step / 1e9, 3),
         'weights_gb_per_s_by_rank': [round(w / step / 1e9, 3) for w in weights],
@@ -304,6 +345,7 @@ def table(f: dict) -> str:
         'all-reduce': f'{f["allreduce_us_per_token"]:,.0f} us and {f["allreduce_bytes_per_token"]:,} bytes per token',
         'peak memory': f'{memory} MB  (by rank)'}
     if 'collective' in f:
+        rows['prefill'] += f', {f["prefill_fraction"]:.0%} of what products of bfloat16 reach, {f["product_tflops"]:,.0f} TFLOP/s'
         rows['memory allows'] += '  (copies, read and written)'
         rows['all-reduce'] += f' by {f["collective"]}, each {f["allreduce_us_alone"]:,.0f} us with nothing else under way'
         rows['launches'] = f'{f["launches_per_token"]:,.1f} per token'

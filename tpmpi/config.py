@@ -259,7 +259,7 @@ class RunConfig:
     sinks: int = 0  # first tokens that attention sees besides the context
     collective: str = 'auto'  # how an all-reduce is carried: see shared_sums.py, and collectives.py for GPUs
     share_gpu: bool = False  # several ranks may compute on one GPU
-    cuda_graphs: str = 'off'  # until they have run on hardware; auto: steps of decode by graphs where these can be captured
+    cuda_graphs: str = 'auto'  # steps of decode by graphs where these can be captured; off: never
 
     def __post_init__(self):
         for name, low, high in (('chunk', 1, 1 << 16), ('block', 1, 1 << 16)):

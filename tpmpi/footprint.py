@@ -9,7 +9,7 @@ from tpmpi.sharding import Shard, rank_rows, target_kind, tensor_specs
 from tpmpi.weights import part_shapes
 
 LOGIT_ROWS = 32  # prompt positions whose logits exist at once when the prompt is scored
-LIBRARIES = 256 << 20  # bytes: cuBLAS' workspace, the kernels' code, a run of unpacked weights
+LIBRARIES = 384 << 20  # bytes: cuBLAS' workspace, the kernels' code, a run of unpacked weights
 
 
 def shard_bytes(reader, shard: Shard, weights: str | None = None, float16: bool = False) -> int:

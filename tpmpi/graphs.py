@@ -14,6 +14,7 @@ from typing import Any
 from tpmpi.kernels.cuda import FEW_ROWS
 from tpmpi.model import all_layers
 
+SUMS_ALONE = 16  # sums of one rank alone from the end of a graph to the next
 MOST_SEEN, MOST_KINDS = 256, 16  # of steps that are remembered, and kept: a text meets a new one when it has doubled
 
 log = logging.getLogger(__name__)
@@ -23,17 +24,18 @@ class Capture:
     """Stands in for the communicator while a step is captured: each sum over the ranks ends a graph and begins the next."""
 
     def __init__(self, comm, stream):
-        self.size, self.stream = comm.size, stream
+        self.size, self.stream, self.sums = comm.size, stream, 0
         self.parts: list[tuple[Any, Any]] = []  # a graph or None, and the array that is summed behind it or None
 
     def room(self, shape: tuple[int, int]) -> None:
         """None: only sums of host memory have one."""
 
     def all_reduce(self, x) -> None:
-        """Note the sum; one rank alone has nothing to wait for, and its graph goes on."""
-        graph = self.stream.end_capture() if self.size > 1 else None
+        """Note the sum.  One rank alone has nothing to wait for: its graphs are longer, and the first one is soon under way."""
+        self.sums += 1
+        graph = self.stream.end_capture() if self.size > 1 or self.sums % SUMS_ALONE == 1 else None
         self.parts.append((graph, x))
-        if self.size > 1:
+        if graph is not None:
             self.stream.begin_capture()
 
 

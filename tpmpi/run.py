@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                    'takes memory that ranks share for large ones, mpi messages for all; of GPU memory mpi takes it as it is, '
                    'staged by a host buffer, nccl by NCCL, and auto mpi where the library says that it can, else staged')
     p.add_argument('--share-gpu', action='store_true', help='several ranks may compute on one GPU')
-    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='off', help='auto: launch kernels of a GPU together')
+    p.add_argument('--cuda-graphs', choices=CUDA_GRAPHS, default='auto', help='off: launch kernels of a GPU one by one')
     p.add_argument('--threads', type=int, metavar='N', help="per rank (default: the rank's fair share of the cores)")
     p.add_argument('--verify', action='store_true', help="check the model file's checksums while loading")
     p.add_argument('--json', action='store_true', help='one JSON object instead of text')

@@ -89,7 +89,7 @@ __device__ void attend_tiles(const float* q, const Cache* k, const Cache* v, con
     k += (size_t)run[0] * num_slots * dim, v += (size_t)run[0] * num_slots * dim;
 
     u32 queries[RUNS][2][4];  // of both items; their second parts lie in shared memory, for there are no more registers
-    uint4* seconds = reinterpret_cast<uint4*>(slots + 4 * TILE_KEYS) + t;  // of both halves' warps the same
+    uint4* seconds = reinterpret_cast<uint4*>(slots + 4 * TILE_KEYS) + t;  // and the other half's
     int from[2];  // where their queries stand
 #pragma unroll
     for (int side = 0; side < 2; side++) {
@@ -102,7 +102,7 @@ __device__ void attend_tiles(const float* q, const Cache* k, const Cache* v, con
             load_queries<Q_PARTS>(row, which < items, 32 * i + 8 * c, dim, cap > 0.0f ? scale : scale * LOG2_E, eight);
 #pragma unroll
             for (int j = 0; j < 4; j++) queries[i][side][j] = eight[0][j];
-            if (Q_PARTS == 2)
+            if (Q_PARTS == 2 && side_of_keys == 0)
                 seconds[(2 * i + side) * SIDE_THREADS] = make_uint4(eight[Q_PARTS - 1][0], eight[Q_PARTS - 1][1],
                                                                     eight[Q_PARTS - 1][2], eight[Q_PARTS - 1][3]);
         }

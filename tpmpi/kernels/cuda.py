@@ -1,37 +1,28 @@
 """The kernels for NVIDIA GPUs: every operation of reference.py with the same name and meaning, on arrays of CuPy.
 
 The sources are the .cu files beside this one, compiled for the device by NVRTC when they are first needed; CuPy keeps the
-result on disk.  A few rows meet the packed weights in one kernel (products.cu).  Many rows are multiplied by cuBLAS: float32
-as it is, bfloat16 on the tensor cores, float16, int8 and int4 there, too, a run of outputs unpacked at a time.  An activation,
-and an unpacked weight, is then the sum of two numbers of bfloat16, so that near-float32 accuracy costs two products, or three;
-with activations rounded to bfloat16 one is enough, or two for float16, whose numbers are as fine as two of bfloat16.  What the
-host decides for a step, such as where keys lie, is uploaded in one copy for all layers.
+result on disk.  What the host decides for a step, such as where keys lie, is uploaded in one copy for all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels import reference
-from tpmpi.kernels.cuda_source import FILES, ROWS_AT_ONCE, SPANS, TENSOR_ROWS, TILE_DIMS, source
+from tpmpi.kernels.cuda_launch import Launcher
+from tpmpi.kernels.cuda_products import FEW_ROWS, THREADS, Products
+from tpmpi.kernels.cuda_source import SPANS, TILE_DIMS
 from tpmpi.kernels.recent import MOST, Recent
 from tpmpi.kernels.uploads import KEYS, Uploads, attention_tasks, power_of_two
-from tpmpi.weights import GROUP, GROUP_PARTS, Stored, Weight, transpose
+from tpmpi.weights import Stored, Weight
 
-THREADS = 128
-OUTPUTS_PER_BLOCK = 2 * THREADS // 32  # of products.cu: a warp computes two
-USUAL_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without asking
 TILE_KEYS, TILE_THREADS = 32, 256  # attention_tiles.cu
-WARPS, PARTS, TILE = 8, 3, 16  # tensor.cu: of a block; of a number of x; outputs of a block
-FEW_ROWS = 32  # from more on the library's product is faster
-UNPACKED_BYTES = 64 << 20  # of a matrix of float16, int8 or int4, at once
 EVERYWHERE = 1 << 30  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
-BITS = {'float32': 32, 'bfloat16': 16, 'float16': 16, 'int8': 8, 'int4': 4}
+SMALLEST_COUNTERS = 4096  # as many tasks times runs of heads has a step of few queries
 GRID_Y = 65535  # blocks along y, at most
 CHUNK = 2048  # head.cu
 
@@ -47,37 +38,19 @@ class Kernels:
 
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
-        self.functions, self.frequencies, self.recent, self.uploads = {}, {}, Recent(), Uploads(xp)
-        self.halved = False  # there are matrices that many rows meet as numbers of bfloat16
-        self.halves = None, None  # the last result of a norm or an activation, and it in halves: a product is what comes next
-        self.allowed = {}  # bytes of dynamic shared memory of those that need more than usual
-        self.launches = 0  # of these kernels, of products by cuBLAS and of graphs
+        self.frequencies, self.recent, self.uploads, self.counters = {}, Recent(), Uploads(xp), None
+        self.launcher = Launcher(xp)
+        self._launch, self.products = self.launcher.launch, Products(self.launcher, self.rounded)
         self.kind_of_step = None  # of two steps of one kind the same kernels are launched with the same arguments
 
-    @cached_property
-    def modules(self) -> dict:
-        """The compiled files."""
-        return {name: self.xp.RawModule(code=source(name), options=('-std=c++17',)) for name in FILES}
+    @property
+    def launches(self) -> int:
+        """Of kernels, of products by cuBLAS and of graphs."""
+        return self.launcher.launches
 
-    @cached_property
-    def multiprocessors(self) -> int:
-        """Of the device."""
-        return self.xp.cuda.Device().attributes['MultiProcessorCount']
-
-    @cached_property
-    def most_shared(self) -> int:
-        """Bytes of shared memory that the blocks of a multiprocessor have together, less what each takes besides."""
-        return self.xp.cuda.Device().attributes['MaxSharedMemoryPerMultiprocessor'] - (4 << 10)
-
-    def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, *arguments, shared: int = 0) -> None:
-        """Run a kernel; None is a null pointer."""
-        if name not in self.functions:
-            self.functions[name] = self.modules[file].get_function(name)
-        if shared > self.allowed.get(name, USUAL_SHARED):
-            self.functions[name].max_dynamic_shared_size_bytes = self.allowed[name] = shared
-        self.launches += 1
-        arguments = tuple(np.uint64(0) if a is None else a for a in arguments)
-        self.functions[name](grid, (threads,), arguments, shared_mem=shared)
+    @launches.setter
+    def launches(self, count: int):
+        self.launcher.launches = count
 
     # ---- what the host decides for a step
 
@@ -115,25 +88,11 @@ class Kernels:
 
     def new_experts(self, count: int, rows: int, hidden_size: int, transposed: bool, kind: str, letter: str, xp=None) -> Weight:
         """Empty packed matrices of one shape, one for each expert, as one Weight; `fill` fills each `expert` of it."""
-        k, outputs = (rows, hidden_size) if transposed else (hidden_size, rows)
-        self.halved |= kind != 'float32'
-        width = -(-(_values_bytes(k, kind) + _groups_bytes(k, kind)) // 16) * 16
-        return Weight(self.xp.zeros((count, outputs, width), self.xp.uint8), kind, letter, k, outputs)
+        return self.products.new_experts(count, *((rows, hidden_size) if transposed else (hidden_size, rows)), kind, letter)
 
     def fill(self, weight: Weight, at: int, stored: Stored) -> None:
         """Put stored rows into a packed matrix; at: the first one's place."""
-        assert stored.kind == weight.kind
-        rows, first = slice(at, at + len(stored.data)), 0
-        if stored.group_axis == 0:  # [in, out]: these rows are columns of the packed matrix
-            rows, first, stored = slice(None), at, transpose(stored)
-        values = np.ascontiguousarray(stored.data).view(np.uint8)
-        begin = first * BITS[weight.kind] // 8
-        weight.data[rows, begin:begin + values.shape[1]] = self.xp.asarray(values)
-        if weight.kind in GROUP_PARTS:
-            groups = np.stack([getattr(stored, name) for name in GROUP_PARTS[weight.kind]], axis=-1)
-            groups = groups.reshape(len(groups), -1).view(np.uint8)
-            begin = _values_bytes(weight.in_features, weight.kind) + _groups_bytes(first, weight.kind)
-            weight.data[rows, begin:begin + groups.shape[1]] = self.xp.asarray(groups)
+        self.products.fill(weight, at, stored)
 
     def new_cache(self, kv_heads: int, slots: int, head_dim: int, kv_dtype: str, xp=None):
         """One layer's K and V, each [kv_heads/n, slots, head_dim], float32 or the bits of bfloat16."""
@@ -147,7 +106,8 @@ class Kernels:
         if len(vocab) == 0:
             y.fill(0)
         else:
-            self._launch('products', f'embed_{table.kind}', (len(tokens),), THREADS, self.asarray(tokens), np.int64(vocab.start),
+            grid = len(tokens), -(-table.in_features // THREADS) if len(tokens) <= FEW_ROWS else 1
+            self._launch('products', f'embed_{table.kind}', grid, THREADS, self.asarray(tokens), np.int64(vocab.start),
                          np.int64(vocab.stop), table.data, np.int32(table.data.shape[-1]), np.int32(table.in_features), y)
         return y
 
@@ -161,15 +121,16 @@ class Kernels:
 
     def _norm(self, x, gain, bias, eps: float, centred: bool):
         y, threads = self.xp.empty_like(x), _row_threads(x.shape[1])
-        self._launch('elementwise', 'norm_rows', (len(x),), threads, x, gain, bias, y, *self._room_for_halves(y),
+        self._launch('elementwise', 'norm_rows', (len(x),), threads, x, gain, bias, y, *self.products.room_for_halves(y),
                      np.int32(x.shape[1]), np.int32(centred), np.float32(eps), shared=threads // 8)
         return y
 
     def added_norm(self, x, part, kind: str, gain, bias, eps: float):
         """part += x, and its norm.  kind: 'rms' or 'layer'.  [tokens, hidden] both, and the result"""
         y, threads = self.xp.empty_like(part), _row_threads(x.shape[1])
-        self._launch('elementwise', 'added_norm_rows', (len(x),), threads, x, part, gain, bias, y, *self._room_for_halves(y),
-                     np.int32(x.shape[1]), np.int32(kind == 'layer'), np.float32(eps), shared=threads // 8)
+        self._launch('elementwise', 'added_norm_rows', (len(x),), threads, x, part, gain, bias, y,
+                     *self.products.room_for_halves(y), np.int32(x.shape[1]), np.int32(kind == 'layer'), np.float32(eps),
+                     shared=threads // 8)
         return y
 
     def norm_heads(self, qkv, heads: int, head_dim: int, kind: str, gain, bias, eps: float) -> None:
@@ -211,7 +172,7 @@ class Kernels:
         ffn = gate_up.shape[1] // 2
         y = self.xp.empty((len(gate_up), ffn), self.xp.float32)
         if ffn:
-            halves = self._room_for_halves(y)
+            halves = self.products.room_for_halves(y)
             for first in range(0, len(gate_up), GRID_Y):
                 part = slice(first, first + GRID_Y)
                 self._launch('elementwise', 'gated_activation', (-(-ffn // 1024), len(y[part])), 256, gate_up[part], y[part],
@@ -230,9 +191,9 @@ class Kernels:
         if weight.in_features == 0:  # a rank without heads adds nothing
             y.fill(0)
         elif weight.out_features and len(x) <= FEW_ROWS:
-            self._few_rows('', x, weight, 0, y)
+            self.products.few_rows('', x, weight, 0, y)
         elif weight.out_features:
-            self._many_rows(x, weight, y)
+            self.products.many_rows(x, weight, y)
         return y
 
     def gated_linear(self, x, weight: Weight, kind: str):
@@ -241,72 +202,8 @@ class Kernels:
             return self.gated_activation(self.linear(x, weight), kind)
         y = self.xp.empty((len(x), weight.out_features // 2), self.xp.float32)
         if weight.out_features:
-            self._few_rows('gated_', x, weight, ACTIVATIONS[kind], y)
+            self.products.few_rows('gated_', x, weight, ACTIVATIONS[kind], y)
         return y
-
-    def _few_rows(self, gated: str, x, weight: Weight, activation: int, y) -> None:
-        """y = x · W, or the gated activation of it, by the kernel that reads W as it is packed."""
-        k, outputs = weight.in_features, weight.out_features
-        end, sizes = (np.int32(activation), y), (np.int32(len(x)), np.int32(k), weight.data, np.int32(weight.data.shape[1]))
-        most = ROWS_AT_ONCE if weight.kind == 'float32' else tuple(TENSOR_ROWS)
-        rows = next(n for n in most if n >= min(len(x), most[-1]))
-        name = f'multiply_{gated}{weight.kind}_{rows}'
-        if weight.kind == 'float32':
-            grid = -(-outputs // OUTPUTS_PER_BLOCK), -(-len(x) // rows)
-            self._launch('products', name, grid, THREADS, x, *sizes, np.int32(outputs), *end)
-            return
-        resident, shared = tensor_shared_bytes(k, min(len(x), rows), TENSOR_ROWS[rows], weight.kind, self.most_shared // 2)
-        tiles = -(-outputs // TILE)  # of gate and up 8 each
-        grid = min(tiles, 2 * self.multiprocessors), -(-len(x) // rows)
-        self._launch('tensor', name, grid, 32 * WARPS, x, *sizes, np.int32(outputs), end[0], np.int32(resident), y, shared=shared)
-
-    def _many_rows(self, x, weight: Weight, y) -> None:
-        """y = x · W by cuBLAS."""
-        xp, k, width = self.xp, weight.in_features, weight.data.shape[1]
-        if weight.kind == 'float32':
-            self._add_product(weight.data.view(xp.float32), x, y, first=True)
-            return
-        halves = self.halves[1] if self.halves[0] is x else None
-        if halves is None:
-            halves = self._new_halves(x.shape)
-            self._launch('products', 'split_rows', (-(-x.size // 1024),), 256, x, np.int64(x.size), *halves)
-        halves = [half for half in halves if half is not None]
-        if weight.kind == 'bfloat16':
-            for i, half in enumerate(halves):
-                self._add_product(weight.data.view(xp.uint16), half, y, first=i == 0)
-            return
-        parts = 2 if weight.kind == 'float16' else len(halves)
-        step = max(1, UNPACKED_BYTES // (2 * k * parts))
-        for first in range(0, weight.out_features, step):
-            part = weight.data[first:first + step]
-            unpacked = [xp.empty((len(part), k), xp.uint16) for _ in range(parts)]
-            self._launch('products', f'unpack_{weight.kind}', (len(part),), 256, part, np.int32(width), np.int32(k), *unpacked,
-                         *[None] * (2 - parts))
-            for i, (w, half) in enumerate([(w, half) for w in unpacked for half in halves][:3]):  # low times low is nothing
-                self._add_product(w, half, y[:, first:first + step], first=i == 0)
-
-    def _new_halves(self, shape: tuple[int, ...]) -> tuple:
-        """Room for numbers as one or two of bfloat16: the nearest one, and what is left or None."""
-        return self.xp.empty(shape, self.xp.uint16), None if self.rounded else self.xp.empty(shape, self.xp.uint16)
-
-    def _room_for_halves(self, y) -> tuple:
-        """Where a kernel puts y, too, if the product that follows will want it so; see `halves`."""
-        if len(y) <= FEW_ROWS or not self.halved:
-            return None, None
-        self.halves = y, self._new_halves(y.shape)
-        return self.halves[1]
-
-    def _add_product(self, w, x, y, first: bool) -> None:
-        """y = x · w^T, or y += where it is not the first.  w: [out, in and padding], x: [rows, in], y: [rows, out and more]"""
-        cuda = self.xp.cuda
-        kind = cuda.runtime.CUDA_R_32F if w.dtype == np.float32 else cuda.runtime.CUDA_R_16BF
-        one, factor = np.ones(1, np.float32), np.full(1, 0 if first else 1, np.float32)
-        (rows, k), blas = x.shape, cuda.cublas
-        self.launches += 1
-        blas.gemmEx(cuda.device.get_cublas_handle(), blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, len(w), rows, k, one.ctypes.data,
-                    w.data.ptr, kind, w.strides[0] // w.itemsize, x.data.ptr, kind, k, factor.ctypes.data,
-                    y.data.ptr, cuda.runtime.CUDA_R_32F, y.strides[0] // y.itemsize, blas.CUBLAS_COMPUTE_32F,
-                    blas.CUBLAS_GEMM_DEFAULT)  # of columns first: [out, rows] there is [rows, out] here
 
     def rope_table(self, positions, lengths, rope: Rope):
         """What turns the pairs of a head at each position: cosines and sines, [tokens, rope.dim / 2] each."""
@@ -342,34 +239,33 @@ class Kernels:
             return b
         tasks, tiles, blocks, runs, items, splits, split = self._uploaded(segments, attention_tasks, query_groups, window, sinks,
                                                                           _tiled(dim))
-        keys, block = (cache.k, cache.v), np.int32(segments[0].ring.block)
-        sizes = runs, np.int32(heads), np.int32(dim), np.int64(cache.k.shape[1])
-        hidden, factors = np.int32(EVERYWHERE if window is None else min(window, EVERYWHERE)), (np.float32(scale), np.float32(cap or 0))
+        where = blocks, np.int32(segments[0].ring.block), runs, np.int32(heads), np.int32(dim), np.int64(cache.k.shape[1])
+        what = (np.int32(EVERYWHERE if window is None else min(window, EVERYWHERE)), np.int32(sinks), np.float32(scale),
+                np.float32(cap or 0))
         if len(tiles):
             wide = next(n for n in TILE_DIMS if n >= dim)
             name = f'attend_tiles_{_kv(cache)}_{wide}' + '_rounded' * self.rounded
-            parts = 2 if cache.k.dtype == np.float32 and not self.rounded else 1
-            both = 2 * 2 * parts * TILE_KEYS * (2 * wide + 32 * (wide % 64 == 0))  # bytes, K and V of both halves
-            seconds, slots = 0 if self.rounded else TILE_THREADS // 2 * wide, 8 * 4 * TILE_KEYS
-            self._launch('attention_tiles', name, (len(runs), len(tiles)), TILE_THREADS, q, *keys, tiles, blocks, block, *sizes,
-                         hidden, np.int32(sinks), *factors, b,
-                         shared=max(both + slots + seconds, 4 * TILE_THREADS // 2 * (wide // 2 + 4)))
+            self._launch('attention_tiles', name, (len(runs), len(tiles)), TILE_THREADS, q, cache.k, cache.v, tiles, *where,
+                         *what, b, shared=_tiles_shared_bytes(wide, _kv(cache), self.rounded))
         if len(tasks) == 0:
             return b
-        parts = stats = None
+        parts = stats = ended = None
         if splits > 1:
             parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
+            ended = self._zeros(len(tasks) * len(runs))
         by_eights = dim % 8 == 0 and dim <= 8 * KEYS
         spans = 0 if by_eights else next(n for n in SPANS if n * KEYS >= dim)
         floats = items * (dim + KEYS + 3)
-        floats += floats % 2 + max(2 * KEYS, 8 * KEYS * items if by_eights else 0)  # slots, and in their place sums
-        self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS, q, *keys, tasks,
-                     blocks, block, *sizes, np.int64(tokens), hidden, np.int32(sinks), *factors, np.int32(split), b, parts, stats,
-                     shared=4 * floats)
-        if splits > 1:
-            self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
-                         np.int32(dim), np.int64(tokens), b, shared=4 * (splits + THREADS // 32))
+        floats += floats % 2 + max(2 * KEYS, splits, 8 * KEYS * items if by_eights else 0)  # slots; in their place sums, shares
+        self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS, q, cache.k,
+                     cache.v, tasks, *where, np.int64(tokens), *what, np.int32(split), b, parts, stats, ended, shared=4 * floats)
         return b
+
+    def _zeros(self, count: int):
+        """Counters that every kernel finds at 0 and leaves at 0."""
+        if self.counters is None or len(self.counters) < count:
+            self.counters = self.xp.zeros(max(SMALLEST_COUNTERS, power_of_two(count)), self.xp.uint32)
+        return self.counters
 
     # ---- a mixture of experts
 
@@ -446,32 +342,17 @@ def _tiled(dim: int) -> bool:
     return dim % 8 == 0 and dim <= TILE_DIMS[-1]
 
 
-def tensor_shared_bytes(k: int, rows: int, tiles: int, kind: str, most: int) -> tuple[bool, int]:
-    """Shared memory of a block of tensor.cu: sums of its warps, and their parts of x, all of each if these are few."""
-    sums = 4 * 2 * WARPS * 8 * tiles * TILE
-
-    def total(groups: int) -> int:
-        return sums + 2 * WARPS * PARTS * rows * (32 * groups + (32 if groups % 2 == 0 else 0))
-
-    share = -(-(-(-k // GROUP)) // (8 * WARPS)) * 8
-    if tiles == 1 and total(share) <= most:
-        return True, total(share)
-    return False, total({1: 4 if kind != 'int4' else 8, 3: 2, 6: 1}[tiles])
+def _tiles_shared_bytes(dim: int, kv: str, rounded: bool) -> int:
+    """Shared memory of a block of attention_tiles.cu."""
+    parts = 2 if kv == 'float32' and not rounded else 1
+    keys_and_values = 2 * 2 * parts * TILE_KEYS * (2 * dim + 32 * (dim % 64 == 0))  # bytes, of both halves
+    slots, second_parts = 8 * 4 * TILE_KEYS, 0 if rounded else TILE_THREADS // 2 * dim
+    return max(keys_and_values + slots + second_parts, 4 * TILE_THREADS // 2 * (dim // 2 + 4))  # or what one half tells the other
 
 
 def _row_threads(columns: int) -> int:
     """Of a block that computes a row's norm: four columns for each, in whole warps."""
     return min(1024, -(-columns // 128) * 32)
-
-
-def _values_bytes(k: int, kind: str) -> int:
-    """Bytes of one output's weights, padded with zeros to whole groups; see products.cu."""
-    return -(-k // GROUP) * GROUP * BITS[kind] // 8
-
-
-def _groups_bytes(k: int, kind: str) -> int:
-    """Bytes of the float16 scales, and offsets, behind them."""
-    return k // GROUP * 2 * len(GROUP_PARTS.get(kind, ()))
 
 
 def _kv(cache) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix of float32
-TENSOR_ROWS = {2: 1, 8: 3, 16: 6}  # of x, in one reading of a matrix of another kind: the tiles of 8 columns that they take
+TENSOR_ROWS = {2: 1, 8: 3}  # of x, in one reading of a matrix of another kind: the tiles of 8 columns that they take
+TENSOR_DEPTH = {'bfloat16': 8, 'float16': 8, 'int8': 8, 'int4': 16}  # groups of weights that are under way; of more rows 4
+TENSOR_BLOCKS = {'bfloat16': 2, 'float16': 2, 'int8': 2, 'int4': 2}  # on a multiprocessor at a time
 ITEMS, SPANS = (1, 4, 8), (0, 1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS, or 0: by eights
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
@@ -18,6 +20,11 @@ def source(name: str) -> str:
     """The CUDA C++ of one file, with what it builds on and the entry points of its templates."""
     folder = Path(__file__).parent
     return '\n'.join([*((folder / f'{part}.cu').read_text() for part in ('common', *FILES[name], name)), *_entries(name)])
+
+
+def tensor_depth(kind: str, tiles: int) -> int:
+    """Groups of weights that are under way in tensor.cu: more rows of x leave fewer registers."""
+    return TENSOR_DEPTH[kind] if tiles == 1 else 4
 
 
 def _bounds(threads: int, blocks: int) -> str:
@@ -49,10 +56,14 @@ def _entries(name: str) -> list[str]:
                 found.append(entry(f'unpack_{kind}', f'unpack<{struct}>',
                                    f'{w}, int k, unsigned short* high, unsigned short* low'))
     if name == 'tensor':
-        found += [entry(f'multiply_{gated}{kind}_{rows}', f'multiply_tensor<{struct}, {tiles}, {str(bool(gated)).lower()}>', (
-            'const float* x, int rows, int k, const unsigned char* w, int row_bytes, int outputs, int kind, int resident, '
-            'float* y'), _bounds(256, 2)) for kind, struct in KINDS.items() if kind != 'float32'
-            for rows, tiles in TENSOR_ROWS.items() for gated in ('', 'gated_')]
+        parameters = ('const float* x, int rows, int k, const unsigned char* w, int row_bytes, int outputs, int kind, '
+                      'int resident, float* y')
+        for kind in TENSOR_DEPTH:
+            for rows, tiles in TENSOR_ROWS.items():
+                template = f'multiply_tensor<{KINDS[kind]}, {tiles}, {tensor_depth(kind, tiles)}'
+                bounds = _bounds(256, TENSOR_BLOCKS[kind] if tiles == 1 else 2)
+                found += [entry(f'multiply_{gated}{kind}_{rows}', f'{template}, {str(bool(gated)).lower()}>', parameters, bounds)
+                          for gated in ('', 'gated_')]
     for kv, number in CACHES.items():
         if name == 'elementwise':
             found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
@@ -62,7 +73,8 @@ def _entries(name: str) -> list[str]:
             found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
                 f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
                 'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
-                'int window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'), _bounds(128, 2))
+                'int window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats, '
+                'unsigned int* ended'), _bounds(128, 2))
                 for items in ITEMS for spans in SPANS]
         if name == 'attention_tiles':
             found += [entry(f'attend_tiles_{kv}_{dim}{called}', f'attend_tiles<{number}, {dim}, {rounded}>', (

@@ -38,6 +38,16 @@ __device__ void sort_keys(u64* keys, int n) {
     __syncthreads();
 }
 
+// The largest of n keys becomes the first.  Every thread of the block takes part.
+__device__ void largest_key(u64* keys, int n) {
+    for (int step = n / 2; step > 0; step /= 2) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < step; i += blockDim.x)
+            if (keys[i + step] > keys[i]) keys[i] = keys[i + step];
+    }
+    __syncthreads();
+}
+
 // A run of CHUNK columns of row blockIdx.y, divided by the row's divisor (may be null: 1): its keys, and to stats the maximum
 // and the sum of exponentials below it.  n: a power of two, at least the keys of a run
 extern "C" __global__ void best_of_logits(const float* x, int columns, const float* divisors, int keep, int n,
@@ -59,7 +69,8 @@ extern "C" __global__ void best_of_logits(const float* x, int columns, const flo
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += expf(x[i] / divisor - shift);
     sum = block_sum(sum, parts);
     if (threadIdx.x == 0) stats[2 * block] = top, stats[2 * block + 1] = sum;
-    sort_keys(keys, n);
+    if (keep == 1) largest_key(keys, n);
+    else sort_keys(keys, n);
     for (int i = threadIdx.x; i < keep; i += blockDim.x) out[block * keep + i] = i < n ? keys[i] : 0;
 }
 
@@ -68,7 +79,8 @@ extern "C" __global__ void best_of_keys(const unsigned long long* x, int count, 
     DYNAMIC_SHARED(u64, keys);
     const int first = blockIdx.x * CHUNK;
     for (int i = threadIdx.x; i < n; i += blockDim.x) keys[i] = first + i < count ? x[(size_t)blockIdx.y * count + first + i] : 0;
-    sort_keys(keys, n);
+    if (keep == 1) largest_key(keys, n);
+    else sort_keys(keys, n);
     for (int i = threadIdx.x; i < keep; i += blockDim.x)
         out[((size_t)blockIdx.y * gridDim.x + blockIdx.x) * keep + i] = i < n ? keys[i] : 0;
 }

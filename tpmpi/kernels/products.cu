@@ -64,6 +64,11 @@ struct Float16 {
     __device__ static __forceinline__ float value(const u8* row, const u16*, int at) {
         return from_float16(reinterpret_cast<const u16*>(row)[at]);
     }
+    __device__ static __forceinline__ void four(const u8* row, const u16*, int at, float* out) {  // from a multiple of 4 on
+        const uint2 two = *reinterpret_cast<const uint2*>(row + 2 * at);
+        out[0] = from_float16(two.x & 0xffffu), out[1] = from_float16(two.x >> 16);
+        out[2] = from_float16(two.y & 0xffffu), out[3] = from_float16(two.y >> 16);
+    }
 };
 
 struct Int8 {  // value = scale * q
@@ -77,6 +82,12 @@ struct Int8 {  // value = scale * q
     }
     __device__ static __forceinline__ float value(const u8* row, const u16* groups, int at) {
         return from_float16(groups[at / 32]) * (float)reinterpret_cast<const i8*>(row)[at];
+    }
+    __device__ static __forceinline__ void four(const u8* row, const u16* groups, int at, float* out) {
+        const u32 q = *reinterpret_cast<const u32*>(row + at);
+        const float scale = from_float16(groups[at / 32]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = scale * (float)(i8)(q >> (8 * i) & 0xffu);
     }
 };
 
@@ -96,6 +107,12 @@ struct Int4 {  // value = scale * q + offset; column 2j in the low four bits of 
     __device__ static __forceinline__ float value(const u8* row, const u16* groups, int at) {
         float q = (float)(row[at / 2] >> (4 * (at % 2)) & 0xf);
         return from_float16(groups[at / 32 * 2]) * q + from_float16(groups[at / 32 * 2 + 1]);
+    }
+    __device__ static __forceinline__ void four(const u8* row, const u16* groups, int at, float* out) {
+        const u32 q = *reinterpret_cast<const u16*>(row + at / 2);
+        const float scale = from_float16(groups[at / 32 * 2]), offset = from_float16(groups[at / 32 * 2 + 1]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = scale * (float)(q >> (4 * i) & 0xfu) + offset;
     }
 };
 
@@ -163,14 +180,15 @@ __device__ void multiply_chosen(const float* x, int shared_by, int k, const u8* 
     if (lane == 0) y[pair * outputs + output] = sum;
 }
 
-// Rows of the matrix as float32: a token's embedding, zeros where another rank holds it.  One block for each token.
+// Rows of the matrix as float32: a token's embedding, zeros where another rank holds it.  blockIdx.x: the token
 template <class Kind>
 __device__ void embed(const i64* tokens, i64 start, i64 stop, const u8* w, int row_bytes, int k, float* y) {
     const i64 token = tokens[blockIdx.x];
     const bool mine = token >= start && token < stop;
     const u8* row = w + (size_t)(mine ? token - start : 0) * row_bytes;
     const u16* groups = reinterpret_cast<const u16*>(row + weight_bytes<Kind>(k));
-    for (int i = threadIdx.x; i < k; i += blockDim.x) y[(size_t)blockIdx.x * k + i] = mine ? Kind::value(row, groups, i) : 0.0f;
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < k; i += gridDim.y * blockDim.x)
+        y[(size_t)blockIdx.x * k + i] = mine ? Kind::value(row, groups, i) : 0.0f;
 }
 
 extern "C" __global__ void split_rows(const float* x, long long count, unsigned short* high, unsigned short* low) {
@@ -193,7 +211,8 @@ __device__ void unpack(const u8* w, int row_bytes, int k, u16* high, u16* low) {
     if (low) low += (size_t)blockIdx.x * k;
     for (int i = 4 * threadIdx.x; i < k; i += 4 * blockDim.x) {
         float four[4];
-        for (int j = 0; j < 4; j++) four[j] = i + j < k ? Kind::value(row, groups, i + j) : 0.0f;
+        if (k % 4 == 0) Kind::four(row, groups, i, four);
+        else for (int j = 0; j < 4; j++) four[j] = i + j < k ? Kind::value(row, groups, i + j) : 0.0f;
         if (k % 4 == 0) store_halves<4>(high + i, low ? low + i : low, four);
         else for (int j = 0; j < 4 && i + j < k; j++) store_halves<1>(high + i + j, low ? low + i + j : low, four + j);
     }

@@ -2,31 +2,34 @@
 //
 // A matrix lies by outputs, as in products.cu.  Tensor cores multiply numbers of bfloat16 and add float32: a weight of
 // bfloat16, int8 or int4 is such a number, one of float16 the sum of two, and a float32 of x the sum of three, which are
-// columns of their own.  So every product is exact, and the rows of x, up to 16, cost little more than one.
+// columns of their own.  So every product is exact.
 //
 // A block computes 16 outputs at a time, and then others.  Its 8 warps share the contraction axis, and each goes through its
 // part by groups of 32: a lane reads 8 weights of two outputs, as they lie, and what the tensor core calls columns 2c, 2c + 1,
-// 2c + 8 and 2c + 9 of 16 are four of these 8, since the order of the axis is free as long as x has the same.  The next weights
-// are read, those of the next outputs, too, before it computes with the last.  The warps' sums, and the three parts of x, are
-// added in their order, which depends on nothing but the length of the axis.
+// 2c + 8 and 2c + 9 of 16 are four of these 8, since the order of the axis is free as long as x has the same.  Memory is slow to
+// answer: the weights of DEPTH groups are under way, those of the next outputs, too, and where one has been used, the one
+// that many groups later is asked for.  The warps' sums, and the three parts of x, are added in their order, which depends on
+// nothing but the length of the axis.
 
 #define WARPS 8
 #define PARTS 3  // of x
 
 // For each kind: what a lane reads of an output and a group, and that as four pairs of bfloat16, of FACTORS summands each.
-// GROUPS: how many of them it reads before it computes.  SCALED: whether groups have a scale; OFFSET: and an offset.
+// SCALED: whether groups have a scale; OFFSET: and an offset.
 
 struct Bfloat16 {
     typedef uint4 Eight;
-    static const int FACTORS = 1, GROUPS = 4;
+    static const int FACTORS = 1;
     static const bool SCALED = false, OFFSET = false;
-    __device__ static __forceinline__ void pairs(uint4 w, int, u32* out) { out[0] = w.x, out[1] = w.y, out[2] = w.z, out[3] = w.w; }
+    __device__ static __forceinline__ void pairs(uint4 w, int, u32* out) {
+        out[0] = w.x, out[1] = w.y, out[2] = w.z, out[3] = w.w;
+    }
     __device__ static __forceinline__ int place(int i) { return i; }
 };
 
 struct Float16 {
     typedef uint4 Eight;
-    static const int FACTORS = 2, GROUPS = 4;
+    static const int FACTORS = 2;
     static const bool SCALED = false, OFFSET = false;
     __device__ static __forceinline__ void pairs(uint4 w, int factor, u32* out) {
         const u32 words[4] = {w.x, w.y, w.z, w.w};
@@ -42,7 +45,7 @@ struct Float16 {
 
 struct Int8 {  // 128 + the lower seven bits, less 128, or 256 where the sign is set
     typedef uint2 Eight;
-    static const int FACTORS = 1, GROUPS = 4;
+    static const int FACTORS = 1;
     static const bool SCALED = true, OFFSET = false;
     __device__ static __forceinline__ u32 pair(u32 bytes) {
         return add_pairs((bytes & 0x007f007fu) | 0x43004300u, (bytes & 0x00800080u) | 0xc300c300u);
@@ -56,7 +59,7 @@ struct Int8 {  // 128 + the lower seven bits, less 128, or 256 where the sign is
 
 struct Int4 {  // 128 + q, less 128; the weights 0 and 4, 1 and 5, … make pairs
     typedef u32 Eight;
-    static const int FACTORS = 1, GROUPS = 8;
+    static const int FACTORS = 1;
     static const bool SCALED = true, OFFSET = true;
     __device__ static __forceinline__ void pairs(u32 w, int, u32* out) {
 #pragma unroll
@@ -71,144 +74,153 @@ __device__ __forceinline__ int column_stride(int groups) { return 32 * groups + 
 // Groups of a warp's part of the axis: a multiple of 8, whose weights and scales fill whole sectors of memory.
 __device__ __forceinline__ int warp_groups(int k) { return ((k + 31) / 32 + WARPS * 8 - 1) / (WARPS * 8) * 8; }
 
-// Columns `first` … of rows `from` … of x for a warp, `count` groups, in three parts, zeros behind the end of a row.
-template <class Kind>
-__device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, int count, int stride, u16* columns) {
-    for (int row = 0; row < rows; row++) {
-        const float* source = x + (size_t)(from + row) * k + first;
+// Columns `first` … of rows `from` … of x for a warp, COUNT groups, in three parts, zeros behind the end of a row.
+// ALIGNED: four numbers of a row can be read at once.
+template <class Kind, int COUNT, bool ALIGNED>
+__device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, int stride, u16* columns) {
+    constexpr int FOURS = 8 * COUNT;
 #pragma unroll 4
-        for (int at = threadIdx.x % WARP * 4; at < 32 * count; at += 4 * WARP) {
-            const int left = k - first - at;
-            float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (k % 4 == 0 && left > 0) {
-                const float4 loaded = *reinterpret_cast<const float4*>(source + at);
-                four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
-            } else if (left > 0) {
+    for (int i = threadIdx.x % WARP; i < rows * FOURS; i += WARP) {
+        const int row = i / FOURS, at = i % FOURS * 4, left = k - first - at;
+        const float* source = x + (size_t)(from + row) * k + first + at;
+        float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (ALIGNED) {
+            const float4 loaded = left > 0 ? *reinterpret_cast<const float4*>(source) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
+        } else {
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    if (j < left) four[j] = source[at + j];
+            for (int j = 0; j < 4; j++)
+                if (j < left) four[j] = source[j];
+        }
+        u16* out = columns + PARTS * row * stride;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++, out += stride) {
+            if (Kind::OFFSET) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
+            } else {
+                *reinterpret_cast<uint2*>(out + at) = make_uint2(upper_halves(four[0], four[1]), upper_halves(four[2], four[3]));
             }
-            u16* out = columns + PARTS * row * stride;
 #pragma unroll
-            for (int part = 0; part < PARTS; part++, out += stride) {
-                if (Kind::OFFSET) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
-                } else {
-                    *reinterpret_cast<uint2*>(out + at) = make_uint2(upper_halves(four[0], four[1]), upper_halves(four[2], four[3]));
-                }
-#pragma unroll
-                for (int j = 0; j < 4; j++) four[j] = rest(four[j]);
-            }
+            for (int j = 0; j < 4; j++) four[j] = rest(four[j]);
         }
     }
 }
 
-// What a lane reads of its two outputs before it computes.
-template <class Kind, int GROUPS>
+// What a lane reads of its two outputs for a group.
+template <class Kind>
 struct Reading {
-    typename Kind::Eight top[GROUPS], bottom[GROUPS];
-    u32 top_scale[GROUPS], bottom_scale[GROUPS];  // and the offset above it
+    typename Kind::Eight top, bottom;
+    u32 top_scale, bottom_scale;  // and the offset above it
 
-    // a, b: the outputs' rows; their scales begin behind all groups.  Behind the last group the last is read again
-    __device__ __forceinline__ void read(const u8* a, const u8* b, int groups, int group, int last) {
+    // a, b: the outputs' rows; their scales begin behind all groups
+    __device__ __forceinline__ void read(const u8* a, const u8* b, int groups, int group) {
         typedef typename Kind::Eight Eight;
         const u8 *a_scales = a + groups * 4 * sizeof(Eight), *b_scales = b + groups * 4 * sizeof(Eight);
-        const int c = threadIdx.x % 4;
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            const int at = group + g < last ? group + g : last - 1;
-            top[g] = reinterpret_cast<const Eight*>(a)[4 * at + c], bottom[g] = reinterpret_cast<const Eight*>(b)[4 * at + c];
-            if (Kind::OFFSET)
-                top_scale[g] = reinterpret_cast<const u32*>(a_scales)[at], bottom_scale[g] = reinterpret_cast<const u32*>(b_scales)[at];
-            else if (Kind::SCALED)
-                top_scale[g] = reinterpret_cast<const u16*>(a_scales)[at], bottom_scale[g] = reinterpret_cast<const u16*>(b_scales)[at];
-        }
+        const int at = 4 * group + threadIdx.x % 4;
+        top = reinterpret_cast<const Eight*>(a)[at], bottom = reinterpret_cast<const Eight*>(b)[at];
+        if (Kind::OFFSET)
+            top_scale = reinterpret_cast<const u32*>(a_scales)[group], bottom_scale = reinterpret_cast<const u32*>(b_scales)[group];
+        else if (Kind::SCALED)
+            top_scale = reinterpret_cast<const u16*>(a_scales)[group], bottom_scale = reinterpret_cast<const u16*>(b_scales)[group];
     }
 };
 
-// Up to TILES * 8 / PARTS rows of x, from row blockIdx.y times as many on.  resident: a warp's part of x is in shared memory
-// all the time, and not GROUPS groups of it.
+// Their product with a group of x, added to the sums.  z: this lane's part of the columns of x
+template <class Kind, int TILES>
+__device__ __forceinline__ void multiply_group(const Reading<Kind>& w, const uint4* z, float (*total)[4]) {
+    float part[TILES][4];
+    u32 top[4], bottom[4];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) part[t][0] = part[t][1] = part[t][2] = part[t][3] = 0.0f;
+#pragma unroll
+    for (int factor = 0; factor < Kind::FACTORS; factor++) {
+        Kind::pairs(w.top, factor, top), Kind::pairs(w.bottom, factor, bottom);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            float* sum = Kind::SCALED ? part[t] : total[t];
+            multiply_tile(sum, top[0], bottom[0], top[1], bottom[1], z[t].x, z[t].y);
+            multiply_tile(sum, top[2], bottom[2], top[3], bottom[3], z[t].z, z[t].w);
+        }
+    }
+    if (!Kind::SCALED) return;
+    const float a = from_float16(w.top_scale & 0xffffu), b = from_float16(w.bottom_scale & 0xffffu);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        total[t][0] = fmaf(a, part[t][0], total[t][0]), total[t][1] = fmaf(a, part[t][1], total[t][1]);
+        total[t][2] = fmaf(b, part[t][2], total[t][2]), total[t][3] = fmaf(b, part[t][3], total[t][3]);
+    }
+    if (!Kind::OFFSET) return;  // which counts times the sum of x, a product with ones
+    const float c = from_float16(w.top_scale >> 16), d = from_float16(w.bottom_scale >> 16);
+    const u32 ones = 0x3f803f80u;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        float plain[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        multiply_tile(plain, ones, ones, ones, ones, z[t].x, z[t].y);
+        multiply_tile(plain, ones, ones, ones, ones, z[t].z, z[t].w);
+        total[t][0] = fmaf(c, plain[0], total[t][0]), total[t][1] = fmaf(c, plain[1], total[t][1]);
+        total[t][2] = fmaf(d, plain[2], total[t][2]), total[t][3] = fmaf(d, plain[3], total[t][3]);
+    }
+}
+
+// Up to TILES * 8 / PARTS rows of x, from row blockIdx.y times as many on.  DEPTH: for so many groups of weights it has asked.
+// resident: a warp's part of x stays in shared memory, where else there are DEPTH groups of it.
 // GATED: gate and up lie side by side, a block computes 8 of either, and y is activation(gate) * up  [rows, outputs / 2]
-template <class Kind, int TILES, bool GATED>
-__device__ void multiply_tensor(const float* x, int rows, int k, const u8* w, int row_bytes, int outputs, int kind, int resident,
-                                float* y) {
-    constexpr int GROUPS = TILES == 1 ? Kind::GROUPS : TILES <= 3 ? 2 : 1, ROWS = TILES * 8 / PARTS, EACH = GATED ? 8 : 16;
+template <class Kind, int TILES, int DEPTH, bool GATED>
+__device__ void multiply_tensor(const float* x, int rows, int k, const u8* w, int row_bytes, int outputs, int kind,
+                                int resident, float* y) {
+    constexpr int ROWS = TILES * 8 / PARTS, EACH = GATED ? 8 : 16;
     DYNAMIC_SHARED(float, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, c = lane % 4, half = outputs / 2;
     const int from = blockIdx.y * ROWS, here = rows - from < ROWS ? rows - from : ROWS, wanted = GATED ? half : outputs;
     const int groups = (k + 31) / 32, share = warp_groups(k), first = warp * share;
-    const int last = first + share < groups ? first + share : groups, stride = column_stride(resident ? share : GROUPS);
+    const int last = first + share < groups ? first + share : groups;
+    const int held = (share + DEPTH - 1) / DEPTH * DEPTH, stride = column_stride(resident ? held : DEPTH);
     float* sums = shared;  // of all warps, for these outputs and the last ones  [2, WARPS, columns, 16]
     u16* columns = reinterpret_cast<u16*>(sums + 2 * WARPS * 8 * TILES * 16) + warp * PARTS * here * stride;
-    const auto row_of = [&](int tile, bool lower) {  // what is behind the end is computed and not stored
-        const int output = tile * EACH + r + (lower && !GATED ? 8 : 0);
-        return w + (size_t)((output < wanted ? output : wanted - 1) + (lower && GATED ? half : 0)) * row_bytes;
+
+    const u8 *a, *b;  // the rows from which is read what will be used DEPTH groups later
+    int asked_tile = blockIdx.x, asked = first;
+    const auto point = [&]() {  // what is behind the end is computed and not stored
+        const int top = asked_tile * EACH + r, bottom = top + (GATED ? 0 : 8);
+        a = w + (size_t)(top < wanted ? top : wanted - 1) * row_bytes;
+        b = w + (size_t)((bottom < wanted ? bottom : wanted - 1) + (GATED ? half : 0)) * row_bytes;
     };
-    Reading<Kind, GROUPS> now, next;
-    if (first < last) {
-        now.read(row_of(blockIdx.x, false), row_of(blockIdx.x, true), groups, first, last);
-        if (resident) stage_x<Kind>(x, from, here, k, 32 * first, last - first, stride, columns);
-        __syncwarp();
-    }
+    const auto ask = [&](Reading<Kind>& reading) {  // as many groups of each tile as `held`, some of which are not there
+        if (asked < last && asked_tile * EACH < wanted) reading.read(a, b, groups, asked);
+        if (++asked == first + held) asked = first, asked_tile += gridDim.x, point();
+    };
+    Reading<Kind> readings[DEPTH];
+    point();
+#pragma unroll
+    for (int g = 0; g < DEPTH; g++) ask(readings[g]);
+
     int turn = 0;
     for (int tile = blockIdx.x; tile * EACH < wanted; tile += gridDim.x, turn ^= 1) {
         float total[TILES][4];
 #pragma unroll
         for (int t = 0; t < TILES; t++) total[t][0] = total[t][1] = total[t][2] = total[t][3] = 0.0f;
-        for (int group = first; group < last; group += GROUPS) {
-            const bool on = group + GROUPS < last;
-            const int following = on ? tile : tile + gridDim.x;
-            if (following * EACH < wanted)
-                next.read(row_of(following, false), row_of(following, true), groups, on ? group + GROUPS : first, last);
-            if (!resident) {
+        for (int group = first; group < first + held; group += DEPTH) {
+            u16* here_columns = columns + (resident ? 32 * (group - first) : 0);
+            if (group < last && (!resident || tile == blockIdx.x)) {
                 __syncwarp();  // the last columns are no longer read
-                stage_x<Kind>(x, from, here, k, 32 * group, GROUPS, stride, columns);
+                if (k % 4 == 0) stage_x<Kind, DEPTH, true>(x, from, here, k, 32 * group, stride, here_columns);
+                else stage_x<Kind, DEPTH, false>(x, from, here, k, 32 * group, stride, here_columns);
                 __syncwarp();
             }
-            const u16* from_here = columns + (resident ? 32 * (group - first) : 0) + 8 * c;
 #pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                if (group + g >= last) break;
-                float part[TILES][4];
-                u32 top[4], bottom[4];
-                uint4 z[TILES];
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    const int n = 8 * t + r < PARTS * here ? 8 * t + r : PARTS * here - 1;
-                    z[t] = *reinterpret_cast<const uint4*>(from_here + n * stride + 32 * g);
-                    part[t][0] = part[t][1] = part[t][2] = part[t][3] = 0.0f;
-                }
-#pragma unroll
-                for (int factor = 0; factor < Kind::FACTORS; factor++) {
-                    Kind::pairs(now.top[g], factor, top), Kind::pairs(now.bottom[g], factor, bottom);
+            for (int g = 0; g < DEPTH; g++) {
+                if (group + g < last) {
+                    uint4 z[TILES];
 #pragma unroll
                     for (int t = 0; t < TILES; t++) {
-                        float* sum = Kind::SCALED ? part[t] : total[t];
-                        multiply_tile(sum, top[0], bottom[0], top[1], bottom[1], z[t].x, z[t].y);
-                        multiply_tile(sum, top[2], bottom[2], top[3], bottom[3], z[t].z, z[t].w);
+                        const int n = 8 * t + r < PARTS * here ? 8 * t + r : PARTS * here - 1;
+                        z[t] = *reinterpret_cast<const uint4*>(here_columns + n * stride + 32 * g + 8 * c);
                     }
+                    multiply_group<Kind, TILES>(readings[g], z, total);
                 }
-                if (!Kind::SCALED) continue;
-                const float a = from_float16(now.top_scale[g] & 0xffffu), b = from_float16(now.bottom_scale[g] & 0xffffu);
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    total[t][0] = fmaf(a, part[t][0], total[t][0]), total[t][1] = fmaf(a, part[t][1], total[t][1]);
-                    total[t][2] = fmaf(b, part[t][2], total[t][2]), total[t][3] = fmaf(b, part[t][3], total[t][3]);
-                }
-                if (!Kind::OFFSET) continue;  // which counts times the sum of x, a product with ones
-                const float c0 = from_float16(now.top_scale[g] >> 16), d0 = from_float16(now.bottom_scale[g] >> 16);
-                const u32 ones = 0x3f803f80u;
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    float plain[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                    multiply_tile(plain, ones, ones, ones, ones, z[t].x, z[t].y);
-                    multiply_tile(plain, ones, ones, ones, ones, z[t].z, z[t].w);
-                    total[t][0] = fmaf(c0, plain[0], total[t][0]), total[t][1] = fmaf(c0, plain[1], total[t][1]);
-                    total[t][2] = fmaf(d0, plain[2], total[t][2]), total[t][3] = fmaf(d0, plain[3], total[t][3]);
-                }
+                ask(readings[g]);
             }
-            now = next;
         }
         float* mine = sums + (turn * WARPS + warp) * 8 * TILES * 16;
 #pragma unroll

@@ -13,6 +13,7 @@ SMALLEST = 1 << 16  # bytes of a buffer
 KEYS, TASK_SIZE = 128, 8  # attention.cu
 TILED_FROM = 16  # queries of a request from which on tensor cores compute its attention, where they can
 TILE_ITEMS = 64  # attention_tiles.cu
+MOST_SPLITS = 1024  # of a text's keys
 SPLITS = ((8, KEYS), (64, 4 * KEYS))  # keys of one block where a step has at most so many queries; more fill the device
 
 
@@ -89,6 +90,7 @@ def attention_tasks(segments, query_groups: Sequence[range], window: int | None,
     columns = max((task[4] + task[2] + task[1] - task[3] for task in tasks), default=1)
     items = next(n for n in ITEMS if n >= heads * max((task[1] for task in tasks), default=1))
     split = next((keys for most, keys in SPLITS if segments[-1].rows.stop <= most), -(-columns // KEYS) * KEYS)
+    split = max(split, power_of_two(columns) // MOST_SPLITS)
     splits = power_of_two(-(-columns // split))
     tasks, tiles = (np.array(x, np.int64).reshape(-1, TASK_SIZE) for x in (tasks, tiles[::-1]))  # those with most keys first
     return tasks, tiles, blocks, np.array(runs, np.int64), items, splits, split
