@@ -81,7 +81,6 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     return out;
 }
 template <class T> static inline T __ldg(const T* x) { return *x; }
-template <class T> static inline T __ldcg(const T* x) { return *x; }
 #define EMULATOR_ORDER(T)                                              \
     static inline T min(T a, T b) { return b < a ? b : a; }            \
     static inline T max(T a, T b) { return a < b ? b : a; }
@@ -89,8 +88,6 @@ EMULATOR_ORDER(int)
 EMULATOR_ORDER(unsigned)
 EMULATOR_ORDER(long long)
 EMULATOR_ORDER(unsigned long long)
-static inline void __threadfence() {}  // blocks run one after another
-static inline unsigned atomicAdd(unsigned* x, unsigned n) { return __atomic_fetch_add(x, n, __ATOMIC_RELAXED); }
 static inline float min(float a, float b) { return fminf(a, b); }  // of a number and a NaN the number, as on the GPU
 static inline float max(float a, float b) { return fmaxf(a, b); }
 

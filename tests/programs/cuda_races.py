@@ -12,7 +12,8 @@ import numpy as np
 
 from tpmpi.config import Rope
 from tpmpi.kernels.cuda import CHUNK, FEW_ROWS, Kernels
-from tpmpi.kernels.uploads import KEYS
+from tpmpi.kernels.cuda_source import TILE_DIMS
+from tpmpi.kernels.uploads import KEYS, TILED_FROM
 from tpmpi.kv_cache import LayerCache, Ring
 from tpmpi.weights import STORED_KINDS, encode
 
@@ -57,12 +58,22 @@ def attention(ops):
             ops.attend(q, cache, (range(heads),), (segment,), None, 0.1, 5.0)
 
 
+def tiles(_):
+    for activations in ('float32', 'bfloat16'):
+        for kv in ('float32', 'bfloat16'):
+            for dim in TILE_DIMS if activations == 'bfloat16' else (TILE_DIMS[0],):
+                ops = Kernels(cupy, activations)
+                cache, segment = LayerCache(*ops.new_cache(1, 64, dim, kv)), Ring(np.arange(1), 64).segment(0, 30, TILED_FROM)
+                ops.rope_append(numbers(TILED_FROM, 3 * dim), 1, dim, None, cache, segment.slots)
+                ops.attend(numbers(TILED_FROM, 1, dim), cache, (range(1),), (segment,), None, 0.1)
+
+
 def head(ops):
     ops.best(numbers(2, CHUNK + 9), 3, np.array([0.5, 2.0]))
 
 
 if __name__ == '__main__':
-    for part in (products, rows, attention, head):
+    for part in (products, rows, attention, tiles, head):
         part(Kernels(cupy))
     cupy.cuda.get_current_stream().synchronize()
     print(json.dumps(sorted(cupy.fake.launches)))

@@ -3,19 +3,18 @@
 // K and V: [kv_heads, slots, dim], float32 or the bits of bfloat16.  A task is a run of queries of one request; a block
 // computes it for a few heads that read one KV head: KEYS keys at a time, a thread for each key in Q K^T, a thread for each
 // number of a head in the sum over V, with the running maximum and sum of Milakov and Gimelshein (2018).  Where a step has
-// few queries and long texts, the keys are split among blocks (Dao et al., flash-decoding, 2023), and the block that is the
-// last to end puts the parts together, in their order.
+// few queries and long texts, the keys are split among blocks (Dao et al., flash-decoding, 2023), and `attend_combine`
+// puts the parts together.
 
 #define KEYS 128  // threads of a block, too
 // ITEMS: queries times heads of a block; a query that is not there has weight 0.  In the sum over V a thread has eight numbers
 // of a head and some of the keys, or, where a head is no multiple of eight, SPANS numbers and all keys.
 // runs: [run, 3] KV head, first head, heads.  split: keys of a block.  A task's part goes to parts [splits, tokens, heads, dim]
-// and its maximum and sum to stats [splits, tokens, heads, 2]; with one split b itself is written.  ended: for each task and run,
-// how many of its blocks have ended, zeros before and afterwards.
+// and its maximum and sum to stats [splits, tokens, heads, 2]; with one split b itself is written.
 template <class Cache, int ITEMS, int SPANS>
 __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64* tasks, const i64* blocks, int block,
                        const i64* runs, int heads, int dim, i64 num_slots, i64 tokens, int window, int sinks, float scale,
-                       float cap, int split, float* b, float* parts, float* stats, u32* ended) {
+                       float cap, int split, float* b, float* parts, float* stats) {
     constexpr bool EIGHTS = SPANS == 0;
     constexpr int OUT = EIGHTS ? 8 : SPANS;
     DYNAMIC_SHARED(float, memory);
@@ -57,7 +56,7 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
 #pragma unroll
             for (int m = 0; m < ITEMS; m++) score[m] = 0.0f;
             if (EIGHTS) {
-#pragma unroll 16
+#pragma unroll 8
                 for (int d = 0; d < dim; d += 8) {
                     load_eight(row + d, eight);
 #pragma unroll
@@ -110,7 +109,7 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
             for (int s = 0; s < OUT; s++) out[s][m] *= factor[m];
         if (EIGHTS) {
             if (t / groups < key_steps) {
-#pragma unroll 16
+#pragma unroll 4
                 for (int i = t / groups; i < count; i += key_steps) {
                     float eight[8];
                     load_eight(v + (size_t)slots[i] * dim + t % groups * 8, eight);
@@ -172,39 +171,26 @@ __device__ void attend(const float* q, const Cache* k, const Cache* v, const i64
                 if (m < items) put(m, d, out[s][m], sum[m]);
         }
     }
-    if (whole) return;
+}
 
-    __threadfence();
-    __syncthreads();  // what this block has is there for all blocks
-    u32* count_of = ended + (size_t)blockIdx.x * gridDim.y + blockIdx.y;
-    float* room = memory;
-    if (t == 0) room[0] = atomicAdd(count_of, 1u) == gridDim.z - 1 ? 1.0f : 0.0f;
-    __syncthreads();
-    const bool last_to_end = room[0] != 0.0f;
-    __syncthreads();
-    if (!last_to_end) return;
-    if (t == 0) *count_of = 0;
-    __threadfence();
-    const int splits = gridDim.z;
-    float *shares = reinterpret_cast<float*>(slots), *warps = top;  // of each split; one number for each warp
-    const size_t each_split = (size_t)tokens * heads;
-    for (int m = 0; m < items; m++) {
-        const size_t place = row_of(m);
-        float highest_of_all = NOTHING_SEEN, sum_of_all = 0.0f;
-        for (int s = 0; s < splits; s++) highest_of_all = fmaxf(highest_of_all, __ldcg(stats + 2 * (s * each_split + place)));
-        __syncthreads();  // the shares of the last item are no longer read
-        for (int s = t; s < splits; s += KEYS) {
-            const float* stat = stats + 2 * (s * each_split + place);
-            shares[s] = __ldcg(stat + 1) > 0.0f ? expf(__ldcg(stat) - highest_of_all) : 0.0f;
-            sum_of_all = fmaf(__ldcg(stat + 1), shares[s], sum_of_all);
-        }
-        sum_of_all = block_sum(sum_of_all, warps);
-        for (int d = t; d < dim; d += KEYS) {
-            float x = 0.0f;
-#pragma unroll 8
-            for (int s = 0; s < splits; s++)  // what was not computed is not there to be read
-                if (shares[s] > 0.0f) x = fmaf(__ldcg(parts + (s * each_split + place) * dim + d), shares[s], x);
-            b[place * dim + d] = x / sum_of_all;
-        }
+// The parts of all splits, in their order.  A block for each token and head.
+extern "C" __global__ void attend_combine(const float* parts, const float* stats, int splits, int heads, int dim,
+                                          long long tokens, float* b) {
+    DYNAMIC_SHARED(float, shares);  // of each split, and room for the sums of warps
+    const size_t row = (size_t)blockIdx.x * heads + blockIdx.y, each = (size_t)tokens * heads;
+    float highest = NOTHING_SEEN, total = 0.0f;
+    for (int s = 0; s < splits; s++) highest = fmaxf(highest, stats[2 * (s * each + row)]);
+    for (int s = threadIdx.x; s < splits; s += blockDim.x) {
+        const float* stat = stats + 2 * (s * each + row);
+        shares[s] = stat[1] > 0.0f ? expf(stat[0] - highest) : 0.0f;
+        total = fmaf(stat[1], shares[s], total);
+    }
+    total = block_sum(total, shares + splits);
+    for (int d = threadIdx.x; d < dim; d += blockDim.x) {
+        float out = 0.0f;
+#pragma unroll 4
+        for (int s = 0; s < splits; s++)  // what was not computed is not there to be read
+            if (shares[s] > 0.0f) out = fmaf(parts[(s * each + row) * dim + d], shares[s], out);
+        b[row * dim + d] = out / total;
     }
 }

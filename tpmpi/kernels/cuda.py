@@ -22,7 +22,6 @@ from tpmpi.weights import Stored, Weight
 TILE_KEYS, TILE_THREADS = 32, 256  # attention_tiles.cu
 EVERYWHERE = 1 << 30  # a window that hides nothing
 ACTIVATIONS = {'identity': 0, 'silu': 1, 'relu': 2, 'gelu': 3, 'gelu_tanh': 4}  # elementwise.cu
-SMALLEST_COUNTERS = 4096  # as many tasks times runs of heads has a step of few queries
 GRID_Y = 65535  # blocks along y, at most
 CHUNK = 2048  # head.cu
 
@@ -38,7 +37,7 @@ class Kernels:
 
     def __init__(self, xp, activations: str = 'float32'):
         self.xp, self.rounded = xp, activations == 'bfloat16'
-        self.frequencies, self.recent, self.uploads, self.counters = {}, Recent(), Uploads(xp), None
+        self.frequencies, self.recent, self.uploads = {}, Recent(), Uploads(xp)
         self.launcher = Launcher(xp)
         self._launch, self.products = self.launcher.launch, Products(self.launcher, self.rounded)
         self.kind_of_step = None  # of two steps of one kind the same kernels are launched with the same arguments
@@ -249,23 +248,19 @@ class Kernels:
                          *what, b, shared=_tiles_shared_bytes(wide, _kv(cache), self.rounded))
         if len(tasks) == 0:
             return b
-        parts = stats = ended = None
+        parts = stats = None
         if splits > 1:
             parts, stats = (self.xp.empty((splits, tokens, heads, n), self.xp.float32) for n in (dim, 2))
-            ended = self._zeros(len(tasks) * len(runs))
         by_eights = dim % 8 == 0 and dim <= 8 * KEYS
         spans = 0 if by_eights else next(n for n in SPANS if n * KEYS >= dim)
         floats = items * (dim + KEYS + 3)
-        floats += floats % 2 + max(2 * KEYS, splits, 8 * KEYS * items if by_eights else 0)  # slots; in their place sums, shares
+        floats += floats % 2 + max(2 * KEYS, 8 * KEYS * items if by_eights else 0)  # slots, and in their place sums
         self._launch('attention', f'attend_{_kv(cache)}_{items}_{spans}', (len(tasks), len(runs), splits), KEYS, q, cache.k,
-                     cache.v, tasks, *where, np.int64(tokens), *what, np.int32(split), b, parts, stats, ended, shared=4 * floats)
+                     cache.v, tasks, *where, np.int64(tokens), *what, np.int32(split), b, parts, stats, shared=4 * floats)
+        if splits > 1:
+            self._launch('attention', 'attend_combine', (tokens, heads), THREADS, parts, stats, np.int32(splits), np.int32(heads),
+                         np.int32(dim), np.int64(tokens), b, shared=4 * (splits + THREADS // 32))
         return b
-
-    def _zeros(self, count: int):
-        """Counters that every kernel finds at 0 and leaves at 0."""
-        if self.counters is None or len(self.counters) < count:
-            self.counters = self.xp.zeros(max(SMALLEST_COUNTERS, power_of_two(count)), self.xp.uint32)
-        return self.counters
 
     # ---- a mixture of experts
 

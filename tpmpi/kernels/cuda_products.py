@@ -62,10 +62,10 @@ class Products:
             grid = -(-outputs // OUTPUTS_PER_BLOCK), -(-len(x) // rows)
             self.launcher.launch('products', name, grid, THREADS, x, *sizes, y)
             return
-        blocks = TENSOR_BLOCKS[weight.kind]
-        resident, shared = tensor_shared_bytes(k, min(len(x), rows), TENSOR_ROWS[rows], weight.kind,
-                                               self.launcher.shared_of(blocks))
-        grid = min(-(-outputs // TILE), blocks * self.launcher.multiprocessors), -(-len(x) // rows)  # tiles in turn
+        most = self.launcher.shared_of(TENSOR_BLOCKS)
+        resident, shared = tensor_shared_bytes(k, min(len(x), rows), TENSOR_ROWS[rows], weight.kind, most)
+        blocks = min(-(-outputs // TILE), TENSOR_BLOCKS * self.launcher.multiprocessors)  # which take tiles in turn
+        grid = blocks, -(-len(x) // rows)
         self.launcher.launch('tensor', name, grid, 32 * WARPS, x, *sizes, np.int32(resident), y, shared=shared)
 
     def many_rows(self, x, weight: Weight, y) -> None:
@@ -125,7 +125,7 @@ def tensor_shared_bytes(k: int, rows: int, tiles: int, kind: str, most: int) -> 
         return sums + 2 * WARPS * PARTS * rows * (32 * groups + (32 if groups % 2 == 0 else 0))
 
     share, depth = -(-k // (GROUP * 8 * WARPS)) * 8, tensor_depth(kind, tiles)
-    whole = total(-(-share // depth) * depth)
+    whole = total(share)
     return (True, whole) if tiles == 1 and whole <= most else (False, total(depth))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROWS_AT_ONCE = (1, 2, 4, 8)  # of x, in one reading of a matrix of float32
 TENSOR_ROWS = {2: 1, 8: 3}  # of x, in one reading of a matrix of another kind: the tiles of 8 columns that they take
-TENSOR_DEPTH = {'bfloat16': 8, 'float16': 8, 'int8': 8, 'int4': 16}  # groups of weights that are under way; of more rows 4
-TENSOR_BLOCKS = {'bfloat16': 2, 'float16': 2, 'int8': 2, 'int4': 2}  # on a multiprocessor at a time
+TENSOR_DEPTH = {'bfloat16': 4, 'float16': 4, 'int8': 4, 'int4': 8}  # groups of weights that are read before they are used
+TENSOR_BLOCKS = 2  # on a multiprocessor at a time
 ITEMS, SPANS = (1, 4, 8), (0, 1, 2, 4)  # instances of attention.cu: queries times heads; head_dim / KEYS, or 0: by eights
 KINDS = {'float32': 'Float32', 'bfloat16': 'Bfloat16', 'float16': 'Float16', 'int8': 'Int8', 'int4': 'Int4'}  # products.cu
 CACHES = {'float32': 'float', 'bfloat16': 'unsigned short'}
@@ -23,7 +23,7 @@ def source(name: str) -> str:
 
 
 def tensor_depth(kind: str, tiles: int) -> int:
-    """Groups of weights that are under way in tensor.cu: more rows of x leave fewer registers."""
+    """Groups of weights that tensor.cu reads before they are used: more rows of x leave fewer registers."""
     return TENSOR_DEPTH[kind] if tiles == 1 else 4
 
 
@@ -61,9 +61,8 @@ def _entries(name: str) -> list[str]:
         for kind in TENSOR_DEPTH:
             for rows, tiles in TENSOR_ROWS.items():
                 template = f'multiply_tensor<{KINDS[kind]}, {tiles}, {tensor_depth(kind, tiles)}'
-                bounds = _bounds(256, TENSOR_BLOCKS[kind] if tiles == 1 else 2)
-                found += [entry(f'multiply_{gated}{kind}_{rows}', f'{template}, {str(bool(gated)).lower()}>', parameters, bounds)
-                          for gated in ('', 'gated_')]
+                found += [entry(f'multiply_{gated}{kind}_{rows}', f'{template}, {str(bool(gated)).lower()}>', parameters,
+                                _bounds(256, TENSOR_BLOCKS))                          for gated in ('', 'gated_')]
     for kv, number in CACHES.items():
         if name == 'elementwise':
             found.append(entry(f'rope_append_{kv}', f'rope_append<{number}>', (
@@ -73,9 +72,8 @@ def _entries(name: str) -> list[str]:
             found += [entry(f'attend_{kv}_{items}_{spans}', f'attend<{number}, {items}, {spans}>', (
                 f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '
                 'int block, const long long* runs, int heads, int dim, long long num_slots, long long tokens, '
-                'int window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats, '
-                'unsigned int* ended'), _bounds(128, 2))
-                for items in ITEMS for spans in SPANS]
+                'int window, int sinks, float scale, float cap, int split, float* b, float* parts, float* stats'),
+                _bounds(128, 2)) for items in ITEMS for spans in SPANS]
         if name == 'attention_tiles':
             found += [entry(f'attend_tiles_{kv}_{dim}{called}', f'attend_tiles<{number}, {dim}, {rounded}>', (
                 f'const float* q, const {number}* k, const {number}* v, const long long* tasks, const long long* blocks, '

@@ -7,9 +7,8 @@
 // A block computes 16 outputs at a time, and then others.  Its 8 warps share the contraction axis, and each goes through its
 // part by groups of 32: a lane reads 8 weights of two outputs, as they lie, and what the tensor core calls columns 2c, 2c + 1,
 // 2c + 8 and 2c + 9 of 16 are four of these 8, since the order of the axis is free as long as x has the same.  Memory is slow to
-// answer: the weights of DEPTH groups are under way, those of the next outputs, too, and where one has been used, the one
-// that many groups later is asked for.  The warps' sums, and the three parts of x, are added in their order, which depends on
-// nothing but the length of the axis.
+// answer: the next DEPTH groups are asked for, of the next outputs, too, before it computes with the last.  The warps' sums, and
+// the three parts of x, are added in their order, which depends on nothing but the length of the axis.
 
 #define WARPS 8
 #define PARTS 3  // of x
@@ -74,35 +73,47 @@ __device__ __forceinline__ int column_stride(int groups) { return 32 * groups + 
 // Groups of a warp's part of the axis: a multiple of 8, whose weights and scales fill whole sectors of memory.
 __device__ __forceinline__ int warp_groups(int k) { return ((k + 31) / 32 + WARPS * 8 - 1) / (WARPS * 8) * 8; }
 
-// Columns `first` … of rows `from` … of x for a warp, COUNT groups, in three parts, zeros behind the end of a row.
-// ALIGNED: four numbers of a row can be read at once.
-template <class Kind, int COUNT, bool ALIGNED>
-__device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, int stride, u16* columns) {
-    constexpr int FOURS = 8 * COUNT;
-#pragma unroll 4
-    for (int i = threadIdx.x % WARP; i < rows * FOURS; i += WARP) {
-        const int row = i / FOURS, at = i % FOURS * 4, left = k - first - at;
-        const float* source = x + (size_t)(from + row) * k + first + at;
-        float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (ALIGNED) {
-            const float4 loaded = left > 0 ? *reinterpret_cast<const float4*>(source) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
+// Four numbers of a row, of which `left` are there and the others are 0.
+template <bool ALIGNED>
+__device__ __forceinline__ float4 four_of(const float* source, int left) {
+    if (ALIGNED) return left > 0 ? *reinterpret_cast<const float4*>(source) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    return make_float4(left > 0 ? source[0] : 0.0f, left > 1 ? source[1] : 0.0f, left > 2 ? source[2] : 0.0f,
+                       left > 3 ? source[3] : 0.0f);
+}
+
+// They, in three parts, at columns `at` … of a row in shared memory.
+template <class Kind>
+__device__ __forceinline__ void put_down(float4 numbers, u16* out, int at, int stride) {
+    float four[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+#pragma unroll
+    for (int part = 0; part < PARTS; part++, out += stride) {
+        if (Kind::OFFSET) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
         } else {
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (j < left) four[j] = source[j];
+            *reinterpret_cast<uint2*>(out + at) = make_uint2(upper_halves(four[0], four[1]), upper_halves(four[2], four[3]));
         }
-        u16* out = columns + PARTS * row * stride;
 #pragma unroll
-        for (int part = 0; part < PARTS; part++, out += stride) {
-            if (Kind::OFFSET) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
-            } else {
-                *reinterpret_cast<uint2*>(out + at) = make_uint2(upper_halves(four[0], four[1]), upper_halves(four[2], four[3]));
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++) four[j] = rest(four[j]);
+        for (int j = 0; j < 4; j++) four[j] = rest(four[j]);
+    }
+}
+
+// Columns `first` … of rows `from` … of x for a warp, `count` groups, or COUNT of many rows.
+template <class Kind, int COUNT, bool ALIGNED>
+__device__ __forceinline__ void stage_x(const float* x, int from, int rows, int k, int first, int count, int stride, u16* columns) {
+    x += (size_t)from * k + first;
+    if (COUNT > 0) {
+        constexpr int FOURS = 8 * (COUNT > 0 ? COUNT : 1);
+#pragma unroll 4
+        for (int i = threadIdx.x % WARP; i < rows * FOURS; i += WARP) {
+            const int row = i / FOURS, at = i % FOURS * 4;
+            put_down<Kind>(four_of<ALIGNED>(x + (size_t)row * k + at, k - first - at), columns + PARTS * row * stride, at, stride);
+        }
+    } else {
+        for (int row = 0; row < rows; row++, x += k) {
+#pragma unroll 4
+            for (int at = threadIdx.x % WARP * 4; at < 32 * count; at += 4 * WARP)
+                put_down<Kind>(four_of<ALIGNED>(x + at, k - first - at), columns + PARTS * row * stride, at, stride);
         }
     }
 }
@@ -163,7 +174,7 @@ __device__ __forceinline__ void multiply_group(const Reading<Kind>& w, const uin
     }
 }
 
-// Up to TILES * 8 / PARTS rows of x, from row blockIdx.y times as many on.  DEPTH: for so many groups of weights it has asked.
+// Up to TILES * 8 / PARTS rows of x, from row blockIdx.y times as many on.  DEPTH: so many groups are read before they are used.
 // resident: a warp's part of x stays in shared memory, where else there are DEPTH groups of it.
 // GATED: gate and up lie side by side, a block computes 8 of either, and y is activation(gate) * up  [rows, outputs / 2]
 template <class Kind, int TILES, int DEPTH, bool GATED>
@@ -174,53 +185,55 @@ __device__ void multiply_tensor(const float* x, int rows, int k, const u8* w, in
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, c = lane % 4, half = outputs / 2;
     const int from = blockIdx.y * ROWS, here = rows - from < ROWS ? rows - from : ROWS, wanted = GATED ? half : outputs;
     const int groups = (k + 31) / 32, share = warp_groups(k), first = warp * share;
-    const int last = first + share < groups ? first + share : groups;
-    const int held = (share + DEPTH - 1) / DEPTH * DEPTH, stride = column_stride(resident ? held : DEPTH);
+    const int last = first + share < groups ? first + share : groups, stride = column_stride(resident ? share : DEPTH);
     float* sums = shared;  // of all warps, for these outputs and the last ones  [2, WARPS, columns, 16]
     u16* columns = reinterpret_cast<u16*>(sums + 2 * WARPS * 8 * TILES * 16) + warp * PARTS * here * stride;
-
-    const u8 *a, *b;  // the rows from which is read what will be used DEPTH groups later
-    int asked_tile = blockIdx.x, asked = first;
-    const auto point = [&]() {  // what is behind the end is computed and not stored
-        const int top = asked_tile * EACH + r, bottom = top + (GATED ? 0 : 8);
-        a = w + (size_t)(top < wanted ? top : wanted - 1) * row_bytes;
-        b = w + (size_t)((bottom < wanted ? bottom : wanted - 1) + (GATED ? half : 0)) * row_bytes;
-    };
-    const auto ask = [&](Reading<Kind>& reading) {  // as many groups of each tile as `held`, some of which are not there
-        if (asked < last && asked_tile * EACH < wanted) reading.read(a, b, groups, asked);
-        if (++asked == first + held) asked = first, asked_tile += gridDim.x, point();
-    };
-    Reading<Kind> readings[DEPTH];
-    point();
+    const auto read = [&](Reading<Kind>* readings, int tile, int group) {  // behind an end the last is read again, and not used
+        const int top = tile * EACH + r, bottom = top + (GATED ? 0 : 8);
+        const u8* a = w + (size_t)(top < wanted ? top : wanted - 1) * row_bytes;
+        const u8* b = w + (size_t)((bottom < wanted ? bottom : wanted - 1) + (GATED ? half : 0)) * row_bytes;
 #pragma unroll
-    for (int g = 0; g < DEPTH; g++) ask(readings[g]);
-
+        for (int g = 0; g < DEPTH; g++) readings[g].read(a, b, groups, group + g < last ? group + g : last - 1);
+    };
+    const auto stage = [&](int group) {
+        if (k % 4 != 0) stage_x<Kind, 0, false>(x, from, here, k, 32 * group, resident ? last - first : DEPTH, stride, columns);
+        else if (resident) stage_x<Kind, 0, true>(x, from, here, k, 32 * group, last - first, stride, columns);
+        else stage_x<Kind, DEPTH, true>(x, from, here, k, 32 * group, DEPTH, stride, columns);
+    };
+    Reading<Kind> now[DEPTH], next[DEPTH];
+    if (first < last) {
+        read(now, blockIdx.x, first);
+        if (resident) stage(first);
+        __syncwarp();
+    }
     int turn = 0;
     for (int tile = blockIdx.x; tile * EACH < wanted; tile += gridDim.x, turn ^= 1) {
         float total[TILES][4];
 #pragma unroll
         for (int t = 0; t < TILES; t++) total[t][0] = total[t][1] = total[t][2] = total[t][3] = 0.0f;
-        for (int group = first; group < first + held; group += DEPTH) {
-            u16* here_columns = columns + (resident ? 32 * (group - first) : 0);
-            if (group < last && (!resident || tile == blockIdx.x)) {
+        for (int group = first; group < last; group += DEPTH) {
+            const bool on = group + DEPTH < last;
+            const int following = on ? tile : tile + gridDim.x;
+            if (following * EACH < wanted) read(next, following, on ? group + DEPTH : first);
+            if (!resident) {
                 __syncwarp();  // the last columns are no longer read
-                if (k % 4 == 0) stage_x<Kind, DEPTH, true>(x, from, here, k, 32 * group, stride, here_columns);
-                else stage_x<Kind, DEPTH, false>(x, from, here, k, 32 * group, stride, here_columns);
+                stage(group);
                 __syncwarp();
             }
+            const u16* from_here = columns + (resident ? 32 * (group - first) : 0) + 8 * c;
 #pragma unroll
             for (int g = 0; g < DEPTH; g++) {
-                if (group + g < last) {
-                    uint4 z[TILES];
+                if (group + g >= last) break;
+                uint4 z[TILES];
 #pragma unroll
-                    for (int t = 0; t < TILES; t++) {
-                        const int n = 8 * t + r < PARTS * here ? 8 * t + r : PARTS * here - 1;
-                        z[t] = *reinterpret_cast<const uint4*>(here_columns + n * stride + 32 * g + 8 * c);
-                    }
-                    multiply_group<Kind, TILES>(readings[g], z, total);
+                for (int t = 0; t < TILES; t++) {
+                    const int n = 8 * t + r < PARTS * here ? 8 * t + r : PARTS * here - 1;
+                    z[t] = *reinterpret_cast<const uint4*>(from_here + n * stride + 32 * g);
                 }
-                ask(readings[g]);
+                multiply_group<Kind, TILES>(now[g], z, total);
             }
+#pragma unroll
+            for (int g = 0; g < DEPTH; g++) now[g] = next[g];
         }
         float* mine = sums + (turn * WARPS + warp) * 8 * TILES * 16;
 #pragma unroll
