@@ -178,3 +178,10 @@ EMULATOR_SHUFFLE(__shfl_sync, first + other % width)
 EMULATOR_SHUFFLE(__shfl_xor_sync, lane ^ other)
 EMULATOR_SHUFFLE(__shfl_down_sync, lane + other)
 EMULATOR_SHUFFLE(__shfl_up_sync, lane - other)
+
+// Registers that all lanes of a warp read: for what tensor cores do, which by shuffles takes a dozen meetings more.
+static uint32_t emulator_registers[32][32][6];
+#define SHOW_REGISTERS(own)                                                                                                   \
+    memcpy(emulator_registers[emulator::own_number() / 32][emulator::own_number() % 32], own, sizeof own), __syncwarp()
+#define REGISTER_OF(own, number, lane) emulator_registers[emulator::own_number() / 32][lane][number]
+#define HIDE_REGISTERS() __syncwarp()
