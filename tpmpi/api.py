@@ -104,7 +104,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
     it sees besides (Xiao et al. 2024).  threads: per rank, None for a fair share of the cores.  kv: 'float32' or
     'bfloat16' for the KV cache; None is bfloat16 with int8 and int4 weights, which it costs nothing (data/quality.py), and
-    float32 otherwise.  verify: check the file's checksums.
+    with activations of bfloat16, and float32 otherwise.  verify: check the file's checksums.
     weights: 'float32', 'bfloat16', 'int8' or 'int4' in memory, or 'float16' on a GPU; as in the file by default.  kernels:
     'cpu' (Numba), 'reference' (NumPy), or 'auto'.  activations: 'bfloat16' or 'int8', what the kernels may round them to
     where they meet bfloat16, or int8 and int4, weights.
@@ -132,7 +132,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
                         collective=collective, share_gpu=share_gpu,
                         cuda_graphs='off' if tracing else cuda_graphs)  # the tracer waits for each kernel
         reader = model if hasattr(model, 'read_rows') else CheckpointReader(bundled_model() if model is None else Path(model))
-        if kv is None and matrix_kinds(reader, weights) & {'int8', 'int4'}:
+        if kv is None and (activations == 'bfloat16' or matrix_kinds(reader, weights) & {'int8', 'int4'}):
             run = replace(run, kv_dtype='bfloat16')
         if context is not None and context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')

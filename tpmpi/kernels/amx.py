@@ -18,12 +18,11 @@ from numba.extending import intrinsic
 
 from tpmpi.kernels.alignment import LINE
 from tpmpi.kernels.jit import MATRIX_UNITS, helper, inlined
-from tpmpi.kernels.rows import exponential, fold
+from tpmpi.kernels.rows import LOG2_E, NARROW, exponential, fold, power_of_two, rounded
 from tpmpi.kernels.tiles import (
     F32,
     GROUP,
     I8,
-    I16,
     I32,
     I64,
     PARTS,
@@ -38,11 +37,6 @@ from tpmpi.kernels.tiles import (
 )
 
 TILE_ROWS, TILE_K, TILE, ROW = 16, 32, 1024, 64  # rows of a tile, bfloat16 in one of them, bytes of a tile and of its rows
-NAN, NARROW = 0x7FC00000, ir.VectorType(I16, WIDTH)
-LOG2_E = 1.4426950216293335
-# of 2^r for |r| <= 1/2, least relative error, r ascending
-POWER = (1.0000000716546014, 0.6931469670622141, 0.24022119724106966, 0.05550713277655165, 0.00967554132373162,
-         0.0013276470648653786)
 
 
 def emit_tile(e: Emit, name: str, *tiles: int, address=()) -> None:
@@ -208,14 +202,6 @@ def _emulated_bytes(e: Emit, rows: int, x, w, sums, signed: bool) -> None:
 # ---- numbers as sums of bfloat16
 
 
-def rounded(e: Emit, value):
-    """The bits of float32 numbers, rounded to the nearest bfloat16, ties to even, in their upper half; a NaN stays one."""
-    b, bits = e.b, e.b.bitcast(value, VI)
-    odd = b.and_(b.lshr(bits, e.splat(I32(16))), e.splat(I32(1)))
-    bits = b.and_(b.add(bits, b.add(odd, e.splat(I32(0x7FFF)))), e.splat(I32(0xFFFF0000)))
-    return b.select(b.fcmp_unordered('uno', value, value), e.splat(I32(NAN)), bits)
-
-
 def store_parts(e: Emit, value, count: int, place, part_bytes) -> None:
     """A vector of float32 as `count` bfloat16 each, the parts so far apart in memory."""
     b = e.b
@@ -240,17 +226,6 @@ def row_parts(count: int):
     def split(typing_context, x, target, part_bytes, steps, factor):
         return types.void(*[types.int64] * 4, types.float32), emit
     return split
-
-
-def power_of_two(e: Emit, x):
-    """2^x of float32 from -126 to 0, relative error below 2^-22: 2^n by exponent bits, 2^(x - n) by a polynomial."""
-    b = e.b
-    n = e.call(f'llvm.rint.v{WIDTH}f32', x)
-    r = b.fsub(x, n)
-    p = ir.Constant(VF, [POWER[-1]] * WIDTH)
-    for c in POWER[-2::-1]:
-        p = e.fma(p, r, ir.Constant(VF, [c] * WIDTH))
-    return b.bitcast(b.add(b.bitcast(p, VI), b.shl(b.fptosi(n, VI), e.splat(I32(23)))), VF)
 
 
 def row_exp_parts(count: int):

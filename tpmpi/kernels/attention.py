@@ -18,7 +18,7 @@ from tpmpi.kernels.alignment import aligned
 from tpmpi.kernels.elementwise import bfloat16
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
-from tpmpi.kernels.rows import floats, halves, row_cap, row_exp, row_max
+from tpmpi.kernels.rows import floats, halves, row_cap, row_exp, row_exp_halves, row_max
 from tpmpi.kernels.tiles import LANES, PER_STEP, X_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
@@ -146,6 +146,13 @@ def _attention(kind: str):
         return rounded
 
     @helper
+    def exponentials(row, panels, top, to):
+        """Of a row of scores, an address: in their place, or rounded at another; returns their sum."""
+        if pairs:
+            return row_exp_halves(row, panels, top, to)
+        return row_exp(row, panels, top)
+
+    @helper
     def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
         add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row)
 
@@ -181,8 +188,8 @@ def _attention(kind: str):
         for i in range(m):
             row = sa + 4 * width * i
             top = mask_row(row, width, pieces, number, position + i // heads, window, cap, sinks, LANES)
-            factors[i] = f32(1) / row_exp(row, width // LANES, top)
-        p = taken(sa, m * width, pa)
+            factors[i] = f32(1) / exponentials(row, width // LANES, top, pa + x_bytes * width * i)
+        p = pa if pairs else sa
         for piece in range(number):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             begin, end = slot // each * each, -(-last // each) * each

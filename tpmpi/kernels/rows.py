@@ -12,9 +12,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tpmpi.kernels.jit import helper
-from tpmpi.kernels.tiles import F32, GROUP, I8, I16, I32, I64, LANES, ORDER, PARTS, VF, WIDTH, Emit
+from tpmpi.kernels.tiles import F32, GROUP, I8, I16, I32, I64, LANES, ORDER, PARTS, VF, VI, WIDTH, Emit
 
 NOTHING = float('-inf')  # the score of a key that is not seen
+NAN, NARROW = 0x7FC00000, ir.VectorType(I16, WIDTH)
+LOG2_E = 1.4426950216293335
+# of 2^r for |r| <= 1/2, least relative error, r ascending
+POWER = (1.0000000716546014, 0.6931469670622141, 0.24022119724106966, 0.05550713277655165, 0.00967554132373162,
+         0.0013276470648653786)
 
 
 def exponential(b, x):
@@ -160,6 +165,48 @@ def row_exp(typing_context, address, panels, top):
 
         return fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
     return types.float32(types.int64, types.int64, types.float32), emit
+
+
+def power_of_two(e: Emit, x):
+    """2^x of float32 from -126 to 0, relative error below 2^-22: 2^n by exponent bits, 2^(x - n) by a polynomial."""
+    b = e.b
+    n = e.call(f'llvm.rint.v{WIDTH}f32', x)
+    r = b.fsub(x, n)
+    p = ir.Constant(VF, [POWER[-1]] * WIDTH)
+    for c in POWER[-2::-1]:
+        p = e.fma(p, r, ir.Constant(VF, [c] * WIDTH))
+    return b.bitcast(b.add(b.bitcast(p, VI), b.shl(b.fptosi(n, VI), e.splat(I32(23)))), VF)
+
+
+def rounded(e: Emit, value):
+    """The bits of float32 numbers, rounded to the nearest bfloat16, ties to even, in their upper half; a NaN stays one."""
+    b, bits = e.b, e.b.bitcast(value, VI)
+    odd = b.and_(b.lshr(bits, e.splat(I32(16))), e.splat(I32(1)))
+    bits = b.and_(b.add(bits, b.add(odd, e.splat(I32(0x7FFF)))), e.splat(I32(0xFFFF0000)))
+    return b.select(b.fcmp_unordered('uno', value, value), e.splat(I32(NAN)), bits)
+
+
+@intrinsic
+def row_exp_halves(typing_context, scores, panels, top, target):
+    """e^(s - top) of each score s, rounded to bfloat16, at the address `target`; returns their sum before that.
+
+    What is below 2^-126 is zero, and so is that of a score of -inf.
+    """
+    def emit(context, builder, signature, args):
+        e, b, (scores, panels, top, target) = Emit(builder), builder, args
+        scale, most = ir.Constant(VF, [LOG2_E] * WIDTH), e.splat(b.fmul(top, F32(-LOG2_E)))
+        lanes, zero = e.variables(VF, 1, PARTS)[0], ir.Constant(VF, [0.0] * WIDTH)
+        for lane in lanes:
+            b.store(zero, lane)
+        with cgutils.for_range(b, panels) as loop:
+            for part, lane in enumerate(lanes):
+                x = e.fma(e.load(e.at(scores, (loop.index, LANES * 4), part * WIDTH * 4), VF, 4), scale, most)
+                p = b.select(b.fcmp_ordered('<', x, ir.Constant(VF, [-126.0] * WIDTH)), zero, power_of_two(e, x))
+                b.store(b.fadd(b.load(lane), p), lane)
+                bits = b.trunc(b.lshr(rounded(e, p), e.splat(I32(16))), NARROW)
+                e.store(bits, e.at(target, (loop.index, LANES * 2), part * WIDTH * 2), 2)
+        return fold(b, [b.load(lane) for lane in lanes], b.fadd)
+    return types.float32(types.int64, types.int64, types.float32, types.int64), emit
 
 
 @intrinsic

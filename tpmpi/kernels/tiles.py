@@ -133,6 +133,23 @@ class Emit:
         return [[cgutils.alloca_once(self.b, kind) for _ in range(columns)] for _ in range(rows)]
 
 
+def out_of_line(builder, name: str, arguments, body) -> None:
+    """Call body(builder, arguments) as a function of its own, of int64 arguments and no result.
+
+    In the middle of a large kernel LLVM runs out of registers and keeps sums of the inner loop on the stack, where they also
+    may lie across two lines of the cache, from run to run.
+    """
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * len(arguments)), name)
+        function.linkage = 'internal'
+        function.attributes.add('noinline')
+        inner = ir.IRBuilder(function.append_basic_block())
+        body(inner, function.args)
+        inner.ret_void()
+    builder.call(function, arguments)
+
+
 def outer_product(rows, columns, depth, x_at, w_at, add):
     """One step of a tile, so ordered that few values are alive beside the sums: the shorter side is held."""
     if rows < columns:
@@ -157,7 +174,7 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
     """
     columns = panels * PARTS
 
-    def emit(context, builder, signature, args):
+    def body(builder, args):
         e, (x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel) = Emit(builder), args
         b = builder
         xs = [e.at(x, (x_row, r)) for r in range(rows)]
@@ -185,6 +202,9 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
         for r in range(rows):
             for v in range(columns):
                 e.store(b.load(sums[r][v]), ys[r][v])
+
+    def emit(context, builder, signature, args):
+        out_of_line(builder, f'tile_{kind}_{rows}_{panels}' + '_far' * far, args, body)
         return context.get_dummy_value()
 
     @intrinsic
@@ -201,7 +221,7 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = Fa
     """
     columns, held = panels * PARTS, WIDTH == 16
 
-    def emit(context, builder, signature, args):
+    def body(builder, args):
         e, (x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel) = Emit(builder), args
         b = builder
         ys = [[e.at(y, (y_row, r), (y_panel, v // PARTS), v % PARTS * WIDTH * 4) for v in range(columns)] for r in range(rows)]
@@ -249,6 +269,9 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = Fa
                         e.store(value, ys[r][v])
         for r, v in each if held else ():
             e.store(b.load(floats[r][v]), ys[r][v])
+
+    def emit(context, builder, signature, args):
+        out_of_line(builder, f'tile_{kind}_{x_bytes}_{rows}_{panels}' + '_far' * far, args, body)
         return context.get_dummy_value()
 
     @intrinsic
