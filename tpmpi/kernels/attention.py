@@ -153,8 +153,8 @@ def _attention(kind: str):
         return row_exp(row, panels, top)
 
     @helper
-    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
-        add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row)
+    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh):
+        add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh)
 
     @inlined
     def attend_block(q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa,
@@ -175,16 +175,14 @@ def _attention(kind: str):
             if even > dim:
                 row[dim] = 0
         x = taken(xa, m * even, pa)
-        scores, sums, factors = floats(sa, m * width), floats(oa, m * wide), floats(fa, m)
-        for i in range(m * width):
-            scores[i] = 0
+        sums, factors = floats(oa, m * wide), floats(fa, m)
         for i in range(m * wide):
             sums[i] = 0
         panel = even * LANES * 4 // each
         for piece in range(number):
             column, slot = pieces[piece, 0], pieces[piece, 3]
             add(x, x_bytes * even, m, k + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES),
-                even // each, sa + 4 * column, 4 * width)
+                even // each, sa + 4 * column, 4 * width, 1)
         for i in range(m):
             row = sa + 4 * width * i
             top = mask_row(row, width, pieces, number, position + i // heads, window, cap, sinks, LANES)
@@ -195,7 +193,7 @@ def _attention(kind: str):
             begin, end = slot // each * each, -(-last // each) * each
             for at in range(begin, end, V_ROWS):
                 add(p + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, v + at * wide * 4 // each,
-                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide)
+                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide, 0)
         put_rows(oa, wide, factors, b, first_row, head, heads)
         keep(q)
 

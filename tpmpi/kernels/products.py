@@ -14,7 +14,7 @@ from tpmpi.kernels.jit import VNNI, WIDTH, helper, inlined, shared_kernel
 from tpmpi.kernels.rows import row_quantize
 from tpmpi.kernels.tiles import GROUP, LANES, PER_STEP, X_STEP, float_tile, integer_tile, keep
 
-K_BLOCK = 1024  # weights along k in one pass over many rows: four panels of them stay in the second-level cache
+K_STEPS = 1024  # along k in one pass over many rows: four panels of them, 256 KiB, stay in the second-level cache
 PANELS = 4  # of one pass
 ROW_BYTES = LANES * 4  # of a panel's outputs
 # panels of a tile, by its rows: as many as the sums have vector registers for
@@ -66,9 +66,10 @@ def panels_of_far(far: dict[int, int]):
 
 
 def float_panels(kind: str):
-    """add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row): adds x · W to whole panels of y.
+    """add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh): adds x · W to whole panels of y.
 
-    x, w, y: addresses; the others: strides in bytes and counts.  kind: float32, bfloat16, or pairs (see float_tile).
+    x, w, y: addresses; the others: strides in bytes and counts.  fresh: y is written instead, if there is a step.
+    kind: float32, bfloat16, or pairs (see float_tile).
     """
     def tile(rows, panels):
         return float_tile(kind, rows, panels)
@@ -80,20 +81,19 @@ def float_panels(kind: str):
     near, last = strips(tile, near_panels), strips(tile, dict.fromkeys(near_panels, 1))
     wide, most = near_panels[1], max(near_panels)
     far, together = strips(far_tile, far_panels), panels_of_far(far_panels)
-    each = PER_STEP.get(kind, 2)
-    block, x_step = K_BLOCK // each, X_STEP[kind]
+    x_step = X_STEP[kind]
 
     @inlined
-    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row):
+    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh):
         at_once, first = together(tokens), 0
         if at_once > 0:
             streams = panels // at_once
             for p in range(streams):
                 far(tokens, (x, x_row, w + p * w_panel, streams * w_panel, w_step, steps, y + p * ROW_BYTES, y_row,
-                             streams * ROW_BYTES))
+                             streams * ROW_BYTES, fresh))
             first = streams * at_once
-        for step in range(0, steps, block):
-            count = min(block, steps - step)
+        for step in range(0, steps, K_STEPS):
+            count, begun = min(K_STEPS, steps - step), fresh if step == 0 else 0
             for p0 in range(first, panels, PANELS):
                 m, end = 0, min(p0 + PANELS, panels)
                 while m < tokens:
@@ -102,10 +102,10 @@ def float_panels(kind: str):
                     while p < end:
                         part, to = w + p * w_panel + step * w_step, y + m * y_row + p * ROW_BYTES
                         if wide > 1 and end - p >= wide:
-                            near(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES))
+                            near(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun))
                             p += wide
                         else:
-                            last(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES))
+                            last(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun))
                             p += 1
                     m += rows
 
@@ -123,13 +123,14 @@ def float_product(kind: str):
         tokens, steps, whole = x.shape[0], x.shape[1] // each, y.shape[1] // LANES
         first, last = whole * t // threads, whole * (t + 1) // threads
         tail = np.zeros((tokens, LANES), np.float32)  # a last panel that is not full, with the last thread's
-        y[:, first * LANES:last * LANES] = 0
+        if steps == 0:
+            y[:, first * LANES:last * LANES] = 0
         for part in range(2 if t == threads - 1 and y.shape[1] > whole * LANES else 1):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:
                 panel, panels, to, y_row = whole, 1, tail.ctypes.data, ROW_BYTES
             add(x.ctypes.data, x_bytes * x.shape[1], tokens, w.ctypes.data + panel * w.shape[1], w.shape[1], ROW_BYTES, panels,
-                steps, to, y_row)
+                steps, to, y_row, 1)
             if part == 1:
                 y[:, whole * LANES:] = tail[:, :y.shape[1] - whole * LANES]
         keep(x)
@@ -206,7 +207,8 @@ def integer_product(kind: str, x_bytes: int):
         tokens, groups, whole = q.shape[0], scale.shape[1], y.shape[1] // LANES
         first, last = whole * t // threads, whole * (t + 1) // threads
         tail = np.zeros((tokens, LANES), np.float32)  # a last panel that is not full, with the last thread's
-        y[:, first * LANES:last * LANES] = 0
+        if steps == 0:
+            y[:, first * LANES:last * LANES] = 0
         for part in range(2 if t == threads - 1 and y.shape[1] > whole * LANES else 1):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:

@@ -168,22 +168,28 @@ def outer_product(rows, columns, depth, x_at, w_at, add):
 
 
 def float_tile(kind: str, rows: int, panels: int, far: bool = False):
-    """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel): addresses, and strides in bytes.
+    """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh): addresses, and strides in bytes.
 
-    kind: of the weights, and pairs: weights and x are bfloat16.  far: they come from memory.
+    kind: of the weights, and pairs: weights and x are bfloat16.  far: they come from memory.  fresh: y is not added to, but
+    written, whatever it holds.
     """
     columns = panels * PARTS
 
     def body(builder, args):
-        e, (x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel) = Emit(builder), args
+        e, (x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh) = Emit(builder), args
         b = builder
         xs = [e.at(x, (x_row, r)) for r in range(rows)]
         ws = [e.at(w, (w_panel, p)) for p in range(panels)]
         ys = [[e.at(y, (y_row, r), (y_panel, v // PARTS), v % PARTS * WIDTH * 4) for v in range(columns)] for r in range(rows)]
         sums = e.variables(VF, rows, columns)
-        for r in range(rows):
-            for v in range(columns):
-                b.store(e.load(ys[r][v], VF, 4), sums[r][v])
+        each = [(r, v) for r in range(rows) for v in range(columns)]
+        with b.if_else(b.icmp_signed('!=', fresh, I64(0))) as (written, added):
+            with written:
+                for r, v in each:
+                    b.store(ir.Constant(VF, [0.0] * WIDTH), sums[r][v])
+            with added:
+                for r, v in each:
+                    b.store(e.load(ys[r][v], VF, 4), sums[r][v])
         with cgutils.for_range(b, steps) as loop:
             def x_at(r, j):
                 return e.splat(e.load(e.at(xs[r], (loop.index, X_STEP[kind]), 4 * j), I32 if kind == 'pairs' else F32, 4))
@@ -199,17 +205,16 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
                 b.store(e.add_bfloat16(total, xk, value) if kind == 'pairs' else e.fma(xk, value, total), sums[r][v])
 
             outer_product(rows, columns, PER_STEP.get(kind, 1), x_at, w_at, add)
-        for r in range(rows):
-            for v in range(columns):
-                e.store(b.load(sums[r][v]), ys[r][v])
+        for r, v in each:
+            e.store(b.load(sums[r][v]), ys[r][v])
 
     def emit(context, builder, signature, args):
         out_of_line(builder, f'tile_{kind}_{rows}_{panels}' + '_far' * far, args, body)
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing_context, x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel):
-        return types.void(*[types.int64] * 9), emit
+    def tile(typing_context, x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh):
+        return types.void(*[types.int64] * 10), emit
     return tile
 
 
