@@ -207,8 +207,7 @@ def integer_product(kind: str, x_bytes: int):
         tokens, groups, whole = q.shape[0], scale.shape[1], y.shape[1] // LANES
         first, last = whole * t // threads, whole * (t + 1) // threads
         tail = np.zeros((tokens, LANES), np.float32)  # a last panel that is not full, with the last thread's
-        if steps == 0:
-            y[:, first * LANES:last * LANES] = 0
+        y[:, first * LANES:last * LANES] = 0
         for part in range(2 if t == threads - 1 and y.shape[1] > whole * LANES else 1):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:
