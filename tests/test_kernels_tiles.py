@@ -58,10 +58,9 @@ def test_requests_of_many_and_of_few_queries_in_one_step(xp, kv, activations, di
         expected.append(exact_attention(q.astype(np.float64), k, v, first, window, sinks, dim ** -0.5, cap))
     found = ops.attend(xp.asarray(np.concatenate(queries)), cache, groups, tuple(segments), window, dim ** -0.5, cap, sinks).get()
     error = np.abs(found - np.concatenate(expected)).max(axis=1)
-    few = 5e-6 if activations == 'float32' or dim > 128 else 2e-2
-    assert (error <= (2e-2 if activations == 'bfloat16' and dim <= 128 else 4e-5)).all() and error[-1] <= few
+    assert (error <= (2e-2 if activations == 'bfloat16' and dim <= 128 else 4e-5)).all() and error[-1] <= 5e-6
     if activations == 'bfloat16' and dim == 64:
-        assert error[:-1].max() > 1e-4 > error[-1]  # rounded were those in tiles
+        assert error[:-1].max() > 1e-4  # rounded were those in tiles
 
 
 @pytest.mark.parametrize('kind', ['bfloat16', 'float16', 'int8', 'int4'])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
+from tpmpi import bench
 from tpmpi.checkpoint import TokenizerData
 from tpmpi.random_model import SHAPES, RandomReader
 from tpmpi.sharding import tensor_specs
@@ -44,6 +45,11 @@ def test_the_benchmark_takes_one_instead_of_a_file(size):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found['model'] == 'random weights, shape tiny' and found['ranks'] == size and found['decode_tokens_per_s'] > 0
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_benchmark_knows_every_shape(shape):
+    assert bench.parse(['--random', shape]).random == shape
 
 
 def test_a_file_and_a_shape_are_one_too_many():

@@ -198,8 +198,12 @@ def copy_seconds(comm, device, source, target) -> list[float]:
 
 
 def product_flops(engine) -> float:
-    """This rank's median rate for a square product of bfloat16 by the GPU's library, as large as the model's, in 1/s."""
-    device, size = engine.device, min(MOST_PRODUCT, -(-engine.model.config.ffn_size // 64) * 64)
+    """This rank's median rate for a square product of bfloat16 by the GPU's library, as large as the model's, in 1/s.
+
+    It is smaller where little memory is left: six bytes for each number, of a fourth of what is free.
+    """
+    device = engine.device
+    size = min(MOST_PRODUCT, -(-engine.model.config.ffn_size // 64) * 64, int((device.free_bytes() / 24) ** 0.5) // 64 * 64)
     xp, cuda, times = device.xp, device.xp.cuda, []
     x = xp.asarray(_random_halves(size))
     y = xp.empty((size, size), xp.float32)
@@ -288,13 +292,18 @@ def measure(llm: api.LLM, options: argparse.Namespace) -> dict:
     passes = zip(*(times for _, times in everyone), strict=True)
     stream = sum(moved for moved, _ in everyone) / statistics.median(max(ranks) for ranks in passes)
     prefill = options.batch * depth / per_round(lambda ranks: max(r.prefill_seconds for r in ranks))
-    of_gpus = {} if engine.device.gpu is None else {
-        'product_tflops': round(sum(products := comm.exchange(product_flops(engine))) / 1e12, 3),
-        'prefill_fraction': round(prefill * sum(comm.exchange(flops_per_token(model))) / sum(products), 4),
-        'copy_gb_per_s_by_rank': [round(moved / statistics.median(times) / 1e9, 3) for moved, times in everyone],
-        'launches_per_token': round(rounds[0].launches / decoded, 3),
-        'collective': 'none' if comm.size == 1 else comm.carrier.name,
-        'allreduce_us_alone': 0.0 if comm.size == 1 else round(1e6 * max(comm.exchange(sum_seconds(engine, options.batch))), 3)}
+    of_gpus = {}
+    if engine.device.gpu is not None:
+        products, alone = sum(comm.exchange(product_flops(engine))), 0.0
+        if comm.size > 1:
+            alone = max(comm.exchange(sum_seconds(engine, options.batch)))
+        of_gpus = {
+            'product_tflops': round(products / 1e12, 3),
+            'prefill_fraction': round(prefill * sum(comm.exchange(flops_per_token(model))) / products, 4),
+            'copy_gb_per_s_by_rank': [round(moved / statistics.median(times) / 1e9, 3) for moved, times in everyone],
+            'launches_per_token': round(rounds[0].launches / decoded, 3),
+            'collective': 'none' if comm.size == 1 else comm.carrier.name,
+            'allreduce_us_alone': round(1e6 * alone, 3)}
     return of_gpus | {
         'prefill_tokens_per_s': round(prefill, 3),
         'decode_tokens_per_s': round(options.batch / step, 3),

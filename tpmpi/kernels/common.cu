@@ -28,7 +28,7 @@ __device__ __forceinline__ u16 to_bfloat16(float x) {  // to nearest, ties to ev
 }
 
 __device__ __forceinline__ float from_float16(u32 bits) {
-#ifdef __CUDA_ARCH__
+#ifdef __CUDA_ARCH__  // CuPy compiles with -ftz=true: shifted bits of a small number would be one that becomes 0
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
     return x;

@@ -50,13 +50,14 @@ class Products:
             groups = groups.reshape(len(groups), -1).view(np.uint8)
             begin = _values_bytes(weight.in_features, weight.kind) + _groups_bytes(first, weight.kind)
             weight.data[rows, begin:begin + groups.shape[1]] = self.xp.asarray(groups)
+
     def few_rows(self, gated: str, x, weight: Weight, activation: int, y) -> None:
         """y = x · W, or the gated activation of it, by the kernel that reads W as it is packed."""
         k, outputs = weight.in_features, weight.out_features
         sizes = (np.int32(len(x)), np.int32(k), weight.data, np.int32(weight.data.shape[1]), np.int32(outputs),
                  np.int32(activation))
-        most = ROWS_AT_ONCE if weight.kind == 'float32' else tuple(TENSOR_ROWS)
-        rows = next(n for n in most if n >= min(len(x), most[-1]))
+        choices = ROWS_AT_ONCE if weight.kind == 'float32' else tuple(TENSOR_ROWS)
+        rows = next(n for n in choices if n >= min(len(x), choices[-1]))
         name = f'multiply_{gated}{weight.kind}_{rows}'
         if weight.kind == 'float32':
             grid = -(-outputs // OUTPUTS_PER_BLOCK), -(-len(x) // rows)

@@ -1,4 +1,4 @@
-// Products with packed matrices: y = x W.
+// Products with packed matrices, y = x W: of few rows with float32 (tensor.cu has the other kinds), and of experts.
 //
 // A matrix lies by outputs: a row of bytes for each, its weights along the contraction axis, padded with zeros to a
 // multiple of 32, then the float16 scales of its groups of 32 (int4: scale and offset of each).  A warp computes two

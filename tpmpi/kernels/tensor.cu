@@ -23,7 +23,6 @@ struct Bfloat16 {
     __device__ static __forceinline__ void pairs(uint4 w, int, u32* out) {
         out[0] = w.x, out[1] = w.y, out[2] = w.z, out[3] = w.w;
     }
-    __device__ static __forceinline__ int place(int i) { return i; }
 };
 
 struct Float16 {
@@ -39,7 +38,6 @@ struct Float16 {
             out[i] = upper_halves(low, high);
         }
     }
-    __device__ static __forceinline__ int place(int i) { return i; }
 };
 
 struct Int8 {  // 128 + the lower seven bits, less 128, or 256 where the sign is set
@@ -53,7 +51,6 @@ struct Int8 {  // 128 + the lower seven bits, less 128, or 256 where the sign is
         out[0] = pair(__byte_perm(w.x, 0, 0x4140)), out[1] = pair(__byte_perm(w.x, 0, 0x4342));
         out[2] = pair(__byte_perm(w.y, 0, 0x4140)), out[3] = pair(__byte_perm(w.y, 0, 0x4342));
     }
-    __device__ static __forceinline__ int place(int i) { return i; }
 };
 
 struct Int4 {  // 128 + q, less 128; the weights 0 and 4, 1 and 5, … make pairs
@@ -87,7 +84,7 @@ __device__ __forceinline__ void put_down(float4 numbers, u16* out, int at, int s
     float four[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
 #pragma unroll
     for (int part = 0; part < PARTS; part++, out += stride) {
-        if (Kind::OFFSET) {
+        if constexpr (Kind::OFFSET) {
 #pragma unroll
             for (int j = 0; j < 4; j++) out[Kind::place(at + j)] = (u16)(__float_as_uint(four[j]) >> 16);
         } else {
