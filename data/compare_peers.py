@@ -188,11 +188,15 @@ def comparisons(o: argparse.Namespace) -> list[tuple[str, str]]:
 
 def tpmpi_command(o: argparse.Namespace, kind: str, batch: int) -> list[str]:
     """The command line of tpmpi.bench, under the mpirun of this Python."""
-    beside = Path(sys.executable).parent / 'mpirun'
-    launcher = str(beside) if beside.exists() else shutil.which('mpirun') or 'mpirun'
-    return [launcher, '-n', str(o.ranks), sys.executable, '-m', 'tpmpi.bench', '--json', '--model', dict(o.tpmpi_model)[kind],
+    return [*launcher(o.ranks), '-m', 'tpmpi.bench', '--json', '--model', dict(o.tpmpi_model)[kind],
             '--weights', kind, *lengths(o), '--batch', str(batch), '--threads', str(max(1, o.cores // o.ranks)),
             *shlex.split(o.tpmpi_options)]
+
+
+def launcher(ranks: int) -> list[str]:
+    """So many ranks of this Python, under the mpirun beside it."""
+    beside = Path(sys.executable).parent / 'mpirun'
+    return [str(beside) if beside.exists() else shutil.which('mpirun') or 'mpirun', '-n', str(ranks), sys.executable]
 
 
 def peer_command(o: argparse.Namespace, kind: str, peer: str) -> list[str]:
