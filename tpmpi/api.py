@@ -151,9 +151,9 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
             comm.shared.close()
             comm.shared = None
         comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
-        comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size)
         atexit.register(_close_carrier, comm)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
+        comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size, ops)
         model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks)
     _keep_freed_memory()
     tracer = None
@@ -238,12 +238,12 @@ def _carrier(session, comm, run: RunConfig, opened, shared: bool, hidden: int):
     return carrier
 
 
-def _shared_sums(comm, run: RunConfig, opened, hidden: int):
-    """How large sums of host memory go among ranks of a node, alike on all ranks; None where MPI alone carries them."""
+def _shared_sums(comm, run: RunConfig, opened, hidden: int, ops):
+    """How sums of host memory go among ranks of a node, alike on all ranks; None where MPI alone carries them."""
     from tpmpi import shared_sums
     if opened.gpu is not None or comm.size == 1 or run.collective != 'auto':
         return None
-    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden)
+    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden, ops.sum_parts)
 
 
 def _close_carrier(comm) -> None:

@@ -44,7 +44,7 @@ class Communicator:
 
     `carrier` is how sums of device memory go: its `sum(x, reduce)` sums x over all ranks, `reduce` being the sum of what MPI
     can read, and `close()` ends it (see collectives.py).  Without one only host memory is taken: MPI would follow the
-    device's address on the host.  `shared` is how large sums of host memory go within a node (see shared_sums.py), or None.
+    device's address on the host.  `shared` is how sums of host memory go within a node (see shared_sums.py), or None.
     """
 
     def __init__(self, mpi_comm: MPI.Comm | None = None, carrier=None):
@@ -64,8 +64,8 @@ class Communicator:
         if x.dtype != 'float32' or not x.flags.c_contiguous:
             raise TypeError(f'all_reduce of {x.dtype}, C-contiguous: {x.flags.c_contiguous}; expected C-contiguous float32')
         start = self._begin()
-        if self.shared is not None and x is self.shared.given:
-            self.shared.sum()
+        if self.shared is not None and self.shared.takes(x):
+            self.shared.sum(x)
         elif not hasattr(type(x), '__cuda_array_interface__'):  # asked of the type: a device array may have work in flight
             self._sum(x)
         elif self.size > 1:

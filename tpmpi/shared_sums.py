@@ -1,6 +1,6 @@
-"""Large sums in memory that the ranks of a node share (MPI-3, chapter 12.2.3): what of an all-reduce needs no message.
+"""Sums in memory that the ranks of a node share (MPI-3, chapter 12.2.3): what of an all-reduce needs no message.
 
-Each rank's kernel puts its part of the sum into a room that all ranks of the node see.  Then each sums a share of the
+Large ones: each rank's kernel puts its part of the sum into a room that all ranks of the node see.  Then each sums a share of the
 elements, in the order of ranks, and puts it into all rooms: with two ranks
 
     rank 0's room   [ a0 | a1 ]      rank 0: a0 + b0, into both rooms
@@ -10,37 +10,57 @@ Between the two, where there are several nodes, each share goes through MPI.Allr
 number on their nodes.  Rooms are used in turn, since what a room holds becomes the residual stream, which the next sum's
 result is added to.  On two ranks SmolLM2's prefill of 512 tokens went 0.94, 1.07, 1.16 and 1.31 times as fast as with MPICH's
 messages (`tpmpi.bench --weights int8 --activations int8`, beside it with `--collective mpi`; a noisy machine).
+
+Small ones, where all ranks are on one node and there is a kernel for it: see kernels/meeting.py.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 from mpi4py import MPI
 
 LEAST = 16384  # bytes of a sum that two meetings of all ranks are worth: of 14 KB between two ranks a message is as fast
 PAGE = 4096
+ALL_PARTS = 65536  # bytes of the parts of a small sum, each of which every rank reads
+LOOKS = 1000  # of a rank that waits, some 40 us, until it offers its core to others; none where there are more ranks than cores
 FOLDER = '/dev/shm'  # where MPI libraries keep such memory; a page that finds no place there would end the process
 
 
 class SharedSums:
-    """The rooms of a group's ranks on one node, for sums of up to so many bytes.  Made by all ranks of the group together."""
+    """The rooms of a group's ranks on one node, for sums of up to so many bytes.  Made by all ranks of the group together.
 
-    def __init__(self, node: MPI.Comm, across: MPI.Comm, nbytes: int):
+    sum_parts: kernels.meeting's, or None; on all ranks alike.
+    """
+
+    def __init__(self, node: MPI.Comm, across: MPI.Comm, nbytes: int, sum_parts: Callable | None = None):
         self.node, self.across, self.nbytes = node, across, -(-nbytes // PAGE) * PAGE
-        self.window = MPI.Win.Allocate_shared(2 * self.nbytes + PAGE, 1, comm=node)
+        self.window = MPI.Win.Allocate_shared(2 * self.nbytes + 2 * LEAST + 2 * PAGE, 1, comm=node)
         self.window.Lock_all()
-        self.rooms = [self._rooms_of(rank) for rank in range(node.size)]
-        for room in self.rooms[node.rank]:
-            room.fill(0)  # takes its pages, near this rank
+        memory = [self._memory_of(rank) for rank in range(node.size)]
+        memory[node.rank].fill(0)  # takes its pages, near this rank
+        self.rooms = [tuple(part[:2 * self.nbytes].view(np.float32).reshape(2, -1)) for part in memory]
         self.turn, self.given = 0, None
+        self.sum_parts = sum_parts if across.size == 1 else None
+        self.small = min(LEAST, ALL_PARTS // node.size) if self.sum_parts else 0
+        ends = [part.ctypes.data + 2 * self.nbytes for part in memory]
+        self.flags = np.array([end + 2 * LEAST for end in ends], np.int64)  # addresses, as those of the parts of both turns
+        self.parts = [np.array([end + turn * LEAST for end in ends], np.int64) for turn in (0, 1)]
+        self.number = 0  # of the last small sum
+        cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+        self.looks = LOOKS if len(cores) >= node.size else 0
+        self._meet()
 
-    def _rooms_of(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    def _memory_of(self, rank: int) -> np.ndarray:
         memory = np.frombuffer(self.window.Shared_query(rank)[0], np.uint8)
         start = -memory.ctypes.data % PAGE
-        both = memory[start:start + 2 * self.nbytes].view(np.float32)
-        return both[:len(both) // 2], both[len(both) // 2:]
+        return memory[start:start + 2 * self.nbytes + 2 * LEAST + PAGE]
+
+    def takes(self, x) -> bool:
+        """Whether `sum` does it: x is what `room` gave last, or small."""
+        return x is self.given or x.nbytes <= self.small
 
     def room(self, shape: tuple[int, int]) -> np.ndarray | None:
         """This rank's room for the next sum, None where the sum is too small or too large for one.  float32"""
@@ -50,8 +70,21 @@ class SharedSums:
         self.given = self.rooms[self.node.rank][self.turn][:size].reshape(shape)
         return self.given
 
-    def sum(self) -> None:
-        """Sum what all ranks have put into the rooms they were given, in place."""
+    def sum(self, x) -> None:
+        """Sum over the ranks of the group, in place."""
+        if x is self.given:
+            self._sum_rooms()
+        else:
+            self._sum_small(x.reshape(-1))
+
+    def _sum_small(self, x: np.ndarray) -> None:
+        self.number += 1
+        rank, parts, come = self.node.rank, self.parts[self.number % 2], 1
+        while not self.sum_parts(parts, self.flags, rank, self.number, x, come, self.looks):
+            come = 0
+            os.sched_yield()
+
+    def _sum_rooms(self) -> None:
         rooms = [both[self.turn][:self.given.size] for both in self.rooms]
         first, last = (len(rooms[0]) * i // self.node.size for i in (self.node.rank, self.node.rank + 1))
         self._meet()
@@ -73,24 +106,24 @@ class SharedSums:
 
     def close(self) -> None:
         """Give the memory back; a collective call."""
-        self.rooms, self.given = [], None
+        self.rooms, self.given, self.small = [], None, 0
         self.window.Unlock_all()
         self.window.Free()
         self.across.Free()
         self.node.Free()
 
 
-def share(comm: MPI.Comm, nbytes: int) -> SharedSums | None:
+def share(comm: MPI.Comm, nbytes: int, sum_parts: Callable | None = None) -> SharedSums | None:
     """Rooms for the ranks of comm, or None on all of them: one rank a node, unequal nodes, or no place.  A collective call."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    needed = node.size * (2 * nbytes + 3 * PAGE)
+    needed = node.size * (2 * nbytes + 2 * LEAST + 4 * PAGE)
     try:
         place = os.statvfs(FOLDER)
         fits = 2 * needed < place.f_bavail * place.f_frsize  # MPI's own messages lie there, too
     except OSError:
         fits = False
-    sizes, fit = zip(*comm.allgather((node.size, fits)), strict=True)
+    sizes, fit, can = zip(*comm.allgather((node.size, fits, sum_parts is not None)), strict=True)
     if node.size == 1 or set(sizes) != {node.size} or not all(fit):
         node.Free()
         return None
-    return SharedSums(node, comm.Split(node.rank, comm.rank), nbytes)
+    return SharedSums(node, comm.Split(node.rank, comm.rank), nbytes, sum_parts if all(can) else None)

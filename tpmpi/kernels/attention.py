@@ -19,10 +19,11 @@ from tpmpi.kernels.elementwise import bfloat16
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
 from tpmpi.kernels.rows import floats, halves, row_cap, row_exp, row_exp_halves, row_max
-from tpmpi.kernels.tiles import LANES, PER_STEP, X_STEP, keep
+from tpmpi.kernels.tiles import AHEAD, LANES, PER_STEP, X_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
 MOST_ROWS, FEWEST_ROWS = 16, 4  # queries of one block
+SOON = 1 << 18  # bytes of V that are asked for while K is read: a half, or a fourth, of a second-level cache
 V_ROWS = 64  # rows of V in one pass: 16 KiB, half of a first-level cache
 f32 = np.float32
 
@@ -85,6 +86,33 @@ def most_columns(runs, unit):
 def panels_of(slot, count, unit):
     """Panels of `unit` slots that hold `count` slots from `slot` on."""
     return (slot + count - 1) // unit - slot // unit + 1
+
+
+@helper
+def task_after(i, group, rows_left, groups, table, threads):
+    """(segment, group) of what the thread computes after group `group` of segment i; (-1, 0) where nothing new is read."""
+    group += threads
+    if group < groups:
+        return i, group
+    if group < 2 * groups and rows_left <= 0 and i + 1 < len(table):
+        return i + 1, group - groups
+    return -1, 0
+
+
+@helper
+def slot_there(table, blocks, block, i, first, low, window):
+    """The slot that is to segment i what that of position `first` is to one that sees positions from `low` on, or -1.
+
+    With it memory is asked for what the next task needs: so no other than the text's own blocks have to be right.
+    """
+    if first >= low:
+        first += max(table[i, 3], table[i, 2] - window + 1) - low
+    ring, pinned, number = blocks[table[i, 4]:table[i, 5]], table[i, 6], first // block
+    if number >= pinned and len(ring) > pinned:
+        number = pinned + (number - pinned) % (len(ring) - pinned)
+    if first >= table[i, 2] + table[i, 1] or number >= len(ring):
+        return -1
+    return ring[number] * block + first % block
 
 
 @helper
@@ -153,15 +181,16 @@ def _attention(kind: str):
         return row_exp(row, panels, top)
 
     @helper
-    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh):
-        add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh)
+    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh, ahead):
+        add_panels(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh, ahead)
 
     @inlined
     def attend_block(q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa,
-                     oa, fa, b):
+                     oa, fa, b, table, blocks, block, then, then_k):
         """`rows` queries from row first_row and position `position` on, all heads that read one KV head.
 
-        k, v: where that one's begin; xa, sa, pa, oa, fa: room for Q, scores, exponentials as they are multiplied, sums, factors.
+        k, v: where that one's begin; xa, sa, pa, oa, fa: room for Q, scores, exponentials as they are multiplied, sums, factors;
+        then, then_k: the segment and the K of the next task.  While K is multiplied V is asked for, and that K while V is.
         """
         dim, m = q.shape[2], rows * heads
         wide, even = -(-dim // LANES) * LANES, -(-dim // each) * each
@@ -178,11 +207,15 @@ def _attention(kind: str):
         sums, factors = floats(oa, m * wide), floats(fa, m)
         for i in range(m * wide):
             sums[i] = 0
-        panel = even * LANES * 4 // each
+        panel, v_panel = even * LANES * 4 // each, wide * LANES * 4 // each
+        soon = width // LANES * v_panel <= SOON
         for piece in range(number):
             column, slot = pieces[piece, 0], pieces[piece, 3]
-            add(x, x_bytes * even, m, k + slot // LANES * panel, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES),
-                even // each, sa + 4 * column, 4 * width, 1)
+            at, ahead = k + slot // LANES * panel, AHEAD
+            if soon:
+                ahead = v + slot // LANES * v_panel - at
+            add(x, x_bytes * even, m, at, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES), even // each,
+                sa + 4 * column, 4 * width, 1, ahead)
         for i in range(m):
             row = sa + 4 * width * i
             top = mask_row(row, width, pieces, number, position + i // heads, window, cap, sinks, LANES)
@@ -190,10 +223,14 @@ def _attention(kind: str):
         p = pa if pairs else sa
         for piece in range(number):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
-            begin, end = slot // each * each, -(-last // each) * each
+            begin, end, ahead = slot // each * each, -(-last // each) * each, AHEAD
+            if soon and then >= 0:
+                there = slot_there(table, blocks, block, then, pieces[piece, 1], low, window)
+                if there >= 0:
+                    ahead = then_k + there // LANES * panel - (v + slot // LANES * v_panel)
             for at in range(begin, end, V_ROWS):
                 add(p + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, v + at * wide * 4 // each,
-                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide, 0)
+                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide, 0, ahead)
         put_rows(oa, wide, factors, b, first_row, head, heads)
         keep(q)
 
@@ -222,9 +259,11 @@ def _attention(kind: str):
             for at in range(0, rows, each_block):
                 for group in range(len(groups)):
                     if task % threads == t:
+                        then, then_group = task_after(i, group, rows - at - each_block, len(groups), table, threads)
                         attend_block(q, k.ctypes.data + group * k_head, v.ctypes.data + group * v_head, groups[group, 0],
                                      groups[group, 1] - groups[group, 0], min(each_block, rows - at), row + at, start + at,
-                                     oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, pa + p_size, b)
+                                     oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, pa + p_size, b,
+                                     table, blocks, block, then, k.ctypes.data + then_group * k_head)
                     task += 1
         keep(k)
         keep(v)

@@ -23,6 +23,8 @@ from tpmpi.kernels.attention import (
     pieces_of,
     put_rows,
     runs_of,
+    slot_there,
+    task_after,
 )
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.rows import floats, words
@@ -47,7 +49,7 @@ def _attention(parts: int):
         for p in range(0, panels, 2):
             for m in range(0, row_tiles, 2):
                 to, at = out + m * TILE_ROWS * out_row + p * ROW, w + p * w_panel
-                soon, pairs = also + p * w_panel, TILE // LINE if m == 0 and also else 0
+                soon, pairs = also + p * steps * TILE, TILE // LINE if m == 0 and also else 0
                 if m + 1 < row_tiles:
                     two(tiles, x + m * x_row, x_part, x_row, at, 0, w_panel, w_step, w_row, steps, to, out_row, first, soon,
                         soon + LINE, pairs, 2 * LINE, 0)
@@ -67,11 +69,11 @@ def _attention(parts: int):
 
     @inlined
     def attend_block(tiles, q, k, v, head, heads, rows, first_row, position, oldest, window, scale, cap, sinks, runs, pieces, xa,
-                     sa, pa, oa, fa, edge, b):
+                     sa, pa, oa, fa, edge, b, table, blocks, block, then, then_k):
         """`rows` queries from row first_row and position `position` on, all heads that read one KV head.
 
         k, v: where that one's begin; xa, sa, pa, oa, fa, edge: room for Q and the exponentials in tiles, scores, sums,
-        factors and a tile's part of V.
+        factors and a tile's part of V; then, then_k: the segment and the K of the next task, which is asked for meanwhile.
         """
         dim, m = q.shape[2], rows * heads
         row_tiles, dim_steps = -(-m // TILE_ROWS), dim // TILE_K
@@ -97,7 +99,11 @@ def _attention(parts: int):
         for piece in range(number):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             at, end = slot // TILE_K * TILE_K, last // TILE_K * TILE_K
-            x_at = pa + column // TILE_K * TILE
+            x_at, also = pa + column // TILE_K * TILE, 0
+            if then >= 0:
+                there = slot_there(table, blocks, block, then, pieces[piece, 1], low, window)
+                if there >= 0:
+                    also = then_k + (there // TILE_K - slot // TILE_K) * TILE_K * 2 * dim
             while at < last:
                 steps, w = 1, edge
                 if at >= slot and at < end:  # whole steps
@@ -105,7 +111,7 @@ def _attention(parts: int):
                 else:
                     some_of(v + at * 2 * dim, dim, at, slot, last, edge)
                 multiply(tiles, x_at, row_tiles * p_row, p_row, row_tiles, w, ROW, TILE_K * 2 * dim, 4 * dim, dim // LANES, steps,
-                         oa, 4 * dim, first, 0)
+                         oa, 4 * dim, first, also + at * 2 * dim if also else 0)
                 first = False
                 x_at += steps * TILE
                 at += steps * TILE_K
@@ -139,9 +145,11 @@ def _attention(parts: int):
             for at in range(0, rows, each_block):
                 for group in range(len(groups)):
                     if task % threads == t:
+                        then, then_group = task_after(i, group, rows - at - each_block, len(groups), table, threads)
                         attend_block(tiles, q, k.ctypes.data + group * k_head, v.ctypes.data + group * v_head, groups[group, 0],
                                      groups[group, 1] - groups[group, 0], min(each_block, rows - at), row + at, start + at,
-                                     oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, fa, edge, b)
+                                     oldest, window, scale, cap, sinks, runs, pieces, xa, sa, pa, oa, fa, edge, b, table, blocks,
+                                     block, then, k.ctypes.data + then_group * k_head)
                     task += 1
         release(tiles)
         keep(k)

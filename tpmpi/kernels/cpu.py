@@ -20,6 +20,7 @@ from tpmpi.kernels import (
     integer_units,
     jit,
     matrix_units,
+    meeting,
     mixture,
     packing,
     products,
@@ -51,7 +52,7 @@ class Kernels:
     SLOTS_TOGETHER = LANES  # of the cache's layout: blocks that are multiples of it can be copied
     rope_table, top_k = staticmethod(reference.rope_table), staticmethod(reference.top_k)
     sigmoid, namespace = staticmethod(reference.sigmoid), staticmethod(reference.namespace)
-    asarray = staticmethod(reference.asarray)
+    asarray, sum_parts = staticmethod(reference.asarray), staticmethod(meeting.sum_parts)
 
     def __init__(self, threads: int = 1, activations: str = 'float32', units: bool = True):
         self.threads, self.rounded, self.coarse = threads, activations == 'bfloat16', activations == 'int8'
@@ -72,7 +73,7 @@ class Kernels:
         e = elementwise
         found = {'rms': [e.rms_norm, e.add_rms_norm], 'layer': [e.layer_norm], 'none': []}[config.norm]
         found += {'head': [e.norm_heads], 'all': [e.head_squares, e.scale_columns], 'none': []}[config.qk_norm]
-        found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp]
+        found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp, meeting.sum_parts]
         found += [e.softcap] if config.logit_softcap is not None else []
         found += [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim)]
         found += [matrix_units.add_rms_norm_in_tiles] if self.norms_in_tiles and config.norm == 'rms' else []

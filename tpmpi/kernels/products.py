@@ -12,7 +12,7 @@ from numba import prange
 
 from tpmpi.kernels.jit import VNNI, WIDTH, helper, inlined, shared_kernel
 from tpmpi.kernels.rows import row_quantize
-from tpmpi.kernels.tiles import GROUP, LANES, PER_STEP, X_STEP, float_tile, integer_tile, keep
+from tpmpi.kernels.tiles import AHEAD, GROUP, LANES, PER_STEP, X_STEP, float_tile, integer_tile, keep
 
 K_STEPS = 1024  # along k in one pass over many rows: four panels of them, 256 KiB, stay in the second-level cache
 PANELS = 4  # of one pass
@@ -66,9 +66,10 @@ def panels_of_far(far: dict[int, int]):
 
 
 def float_panels(kind: str):
-    """add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh): adds x · W to whole panels of y.
+    """add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh, ahead): adds x · W to whole panels of y.
 
-    x, w, y: addresses; the others: strides in bytes and counts.  fresh: y is written instead, if there is a step.
+    x, w, y: addresses; the others: strides in bytes and counts.  fresh: y is written instead, if there is a step.  ahead: how
+    far behind each weight that lies what is asked for meanwhile; 0: the weights to come.
     kind: float32, bfloat16, or pairs (see float_tile).
     """
     def tile(rows, panels):
@@ -78,34 +79,39 @@ def float_panels(kind: str):
         return float_tile(kind, rows, panels, True)
 
     near_panels, far_panels = (NEAR_PAIRS, FAR_PAIRS) if kind == 'bfloat16' else (NEAR, FAR)
-    near, last = strips(tile, near_panels), strips(tile, dict.fromkeys(near_panels, 1))
-    wide, most = near_panels[1], max(near_panels)
+    near, last = strips(tile, near_panels), strips(far_tile, dict.fromkeys(near_panels, 1))
+    wide, most, asking = near_panels[1], max(near_panels), strips(far_tile, near_panels)
     far, together = strips(far_tile, far_panels), panels_of_far(far_panels)
     x_step = X_STEP[kind]
 
     @inlined
-    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh):
+    def add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh, ahead):
         at_once, first = together(tokens), 0
         if at_once > 0:
             streams = panels // at_once
             for p in range(streams):
                 far(tokens, (x, x_row, w + p * w_panel, streams * w_panel, w_step, steps, y + p * ROW_BYTES, y_row,
-                             streams * ROW_BYTES, fresh))
+                             streams * ROW_BYTES, fresh, ahead if ahead != 0 else AHEAD))
             first = streams * at_once
         for step in range(0, steps, K_STEPS):
             count, begun = min(K_STEPS, steps - step), fresh if step == 0 else 0
             for p0 in range(first, panels, PANELS):
                 m, end = 0, min(p0 + PANELS, panels)
+                following = PANELS * w_panel if end < panels else (first - p0) * w_panel + K_STEPS * w_step
                 while m < tokens:
                     rows = strip_rows(tokens - m, most)
                     at, p = x + m * x_row + step * x_step, p0
+                    soon = (ahead if m == 0 else 0) if ahead != 0 else following if m + rows == tokens else 0
                     while p < end:
                         part, to = w + p * w_panel + step * w_step, y + m * y_row + p * ROW_BYTES
-                        if wide > 1 and end - p >= wide:
-                            near(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun))
+                        if end - p >= wide and soon != 0:
+                            asking(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun, soon))
+                            p += wide
+                        elif wide > 1 and end - p >= wide:
+                            near(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun, 0))
                             p += wide
                         else:
-                            last(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun))
+                            last(rows, (at, x_row, part, w_panel, w_step, count, to, y_row, ROW_BYTES, begun, soon))
                             p += 1
                     m += rows
 
@@ -130,7 +136,7 @@ def float_product(kind: str):
             if part == 1:
                 panel, panels, to, y_row = whole, 1, tail.ctypes.data, ROW_BYTES
             add(x.ctypes.data, x_bytes * x.shape[1], tokens, w.ctypes.data + panel * w.shape[1], w.shape[1], ROW_BYTES, panels,
-                steps, to, y_row, 1)
+                steps, to, y_row, 1, 0)
             if part == 1:
                 y[:, whole * LANES:] = tail[:, :y.shape[1] - whole * LANES]
         keep(x)
@@ -175,6 +181,7 @@ def integer_product(kind: str, x_bytes: int):
         return integer_tile(kind, rows, panels, x_bytes, True)
 
     near, last, wide = strips(tile, NEAR_INTEGERS), strips(tile, dict.fromkeys(NEAR_INTEGERS, 1)), NEAR_INTEGERS[1]
+    asking = strips(far_tile, NEAR_INTEGERS)
     far, together, most = strips(far_tile, FAR_INTEGERS), panels_of_far(FAR_INTEGERS), max(NEAR_INTEGERS)
 
     @inlined
@@ -184,7 +191,7 @@ def integer_product(kind: str, x_bytes: int):
             streams = panels // at_once
             for p in range(streams):
                 far(tokens, (x, x_row, scale, total, scale_row, w + p * w_panel, streams * w_panel, groups, y + p * ROW_BYTES,
-                             y_row, streams * ROW_BYTES))
+                             y_row, streams * ROW_BYTES, AHEAD))
             first = streams * at_once
         for p0 in range(first, panels, PANELS):
             m, end = 0, min(p0 + PANELS, panels)
@@ -193,11 +200,14 @@ def integer_product(kind: str, x_bytes: int):
                 a, s, t, p = x + m * x_row, scale + m * scale_row, total + m * scale_row, p0
                 while p < end:
                     at, to = w + p * w_panel, y + m * y_row + p * ROW_BYTES
-                    if wide > 1 and end - p >= wide:
-                        near(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES))
+                    if end - p >= wide and m + rows == tokens:
+                        asking(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES, PANELS * w_panel))
+                        p += wide
+                    elif wide > 1 and end - p >= wide:
+                        near(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES, 0))
                         p += wide
                     else:
-                        last(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES))
+                        last(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES, 0))
                         p += 1
                 m += rows
 

@@ -170,15 +170,15 @@ def outer_product(rows, columns, depth, x_at, w_at, add):
 
 
 def float_tile(kind: str, rows: int, panels: int, far: bool = False):
-    """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh): addresses, and strides in bytes.
+    """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh, ahead): addresses, and strides in bytes.
 
-    kind: of the weights, and pairs: weights and x are bfloat16.  far: they come from memory.  fresh: y is not added to, but
-    written, whatever it holds.
+    kind: of the weights, and pairs: weights and x are bfloat16.  far: what lies `ahead` bytes behind each weight is asked for
+    meanwhile.  fresh: y is not added to, but written, whatever it holds.
     """
     columns = panels * PARTS
 
     def body(builder, args):
-        e, (x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh) = Emit(builder), args
+        e, (x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh, ahead) = Emit(builder), args
         b = builder
         xs = [e.at(x, (x_row, r)) for r in range(rows)]
         ws = [e.at(w, (w_panel, p)) for p in range(panels)]
@@ -198,7 +198,7 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
 
             def w_at(v):
                 if far and v % PARTS == 0:
-                    e.prefetch(e.at(ws[v // PARTS], (loop.index, w_step), AHEAD), near=LEVEL)
+                    e.prefetch(e.at(b.add(ws[v // PARTS], ahead), (loop.index, w_step)), near=LEVEL)
                 bits = e.load(e.at(ws[v // PARTS], (loop.index, w_step), v % PARTS * WIDTH * 4), VI, 4)
                 return [bits] if kind == 'pairs' else e.halves(bits) if kind == 'bfloat16' else [b.bitcast(bits, VF)]
 
@@ -215,21 +215,21 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing_context, x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh):
-        return types.void(*[types.int64] * 10), emit
+    def tile(typing_context, x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh, ahead):
+        return types.void(*[types.int64] * 11), emit
     return tile
 
 
 def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = False):
-    """tile(x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel): addresses, and strides in bytes.
+    """tile(x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel, ahead): addresses, and strides in bytes.
 
-    x: int16 or, x_bytes 1, int8; scale: float32 of each group of x; total: what its sum adds (see `rows.row_quantize`).
-    The sums of all groups stay in registers where there are enough of them.
+    x: int16 or, x_bytes 1, int8; scale: float32 of each group of x; total: what its sum adds (see `rows.row_quantize`);
+    far, ahead: as in `float_tile`.  The sums of all groups stay in registers where there are enough of them.
     """
     columns, held = panels * PARTS, WIDTH == 16
 
     def body(builder, args):
-        e, (x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel) = Emit(builder), args
+        e, (x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel, ahead) = Emit(builder), args
         b = builder
         ys = [[e.at(y, (y_row, r), (y_panel, v // PARTS), v % PARTS * WIDTH * 4) for v in range(columns)] for r in range(rows)]
         sums, floats = e.variables(VI, rows, columns), e.variables(VF, rows, columns)
@@ -255,7 +255,7 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = Fa
 
                 def w_at(v):
                     if far and v % PARTS == 0:
-                        e.prefetch(e.at(wg[v // PARTS], (inner.index, LANES * 4), AHEAD), near=LEVEL)
+                        e.prefetch(e.at(b.add(wg[v // PARTS], ahead), (inner.index, LANES * 4)), near=LEVEL)
                     return group_quads(e, kind, wg[v // PARTS], inner.index, v % PARTS, x_bytes)
 
                 def add(r, v, j, xk, value):
@@ -282,8 +282,8 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = Fa
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing_context, x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel):
-        return types.void(*[types.int64] * 11), emit
+    def tile(typing_context, x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel, ahead):
+        return types.void(*[types.int64] * 12), emit
     return tile
 
 
