@@ -26,7 +26,7 @@ def main() -> None:
     from tpmpi import api, session
     started, rows = session.start(1), []
     for run in options.run:
-        llm = api.load(options.model, session=started, **dict(item.split('=', 1) for item in run.split(',') if run != 'file'))
+        llm = api.load(options.model, session=started, **dict(item.split('=', 1) for item in run.split(',') if item != 'file'))
         tokens = np.array(started.comm.share(llm.tokenizer.encode(text_of(options.text)) if llm.rank == 0 else None))
         tokens, found = tokens[:options.tokens], []
         for at in range(0, len(tokens) - 1, options.context):

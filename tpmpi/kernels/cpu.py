@@ -58,6 +58,7 @@ class Kernels:
         self.threads, self.rounded, self.coarse = threads, activations == 'bfloat16', activations == 'int8'
         self.recent, self.arena = Recent(), alignment.Arena()
         self.pairs = matrix_units.PAIRS if units and self.rounded else {}
+        self.pairs_of_cache = bool(units and matrix_units.PAIRS and (self.rounded or self.coarse))
         self.bytes = (integer_units.COARSE if self.coarse else integer_units.BYTES) if units else {}
         self.products = products.MULTIPLY | (products.COARSE if self.coarse else {}) | self.pairs  # by kind of weight
         self.expert_products = mixture.MULTIPLY | (mixture.COARSE if self.coarse else {})
@@ -260,7 +261,8 @@ class Kernels:
         """The kernel for a cache; in the matrix units where there are any for it."""
         if kv_dtype == 'bfloat16' and self.units and head_dim % matrix_units.TILE_K == 0:
             return attention_tiles.attend_rounded if self.rounded or self.coarse else attention_tiles.attend_tiles
-        return attention.attend_pairs if self.pairs and kv_dtype == 'bfloat16' else getattr(attention, f'attend_{kv_dtype}')
+        pairs = self.pairs_of_cache and kv_dtype == 'bfloat16'
+        return attention.attend_pairs if pairs else getattr(attention, f'attend_{kv_dtype}')
 
     def activate(self, x, kind: str):
         """The MLP's activation, element by element."""
