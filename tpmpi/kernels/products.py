@@ -16,6 +16,7 @@ from tpmpi.kernels.tiles import AHEAD, GROUP, LANES, PER_STEP, X_STEP, float_til
 
 K_STEPS = 1024  # along k in one pass over many rows: four panels of them, 256 KiB, stay in the second-level cache
 PANELS = 4  # of one pass
+LATE = 2  # last strips of rows, which ask memory for the next panels: in one alone too many requests at once are dropped
 ROW_BYTES = LANES * 4  # of a panel's outputs
 # panels of a tile, by its rows: as many as the sums have vector registers for
 NEAR = {6: 4, 4: 4, 3: 4, 2: 4, 1: 4} if WIDTH == 16 else {6: 1, 4: 1, 3: 1, 2: 1, 1: 1}
@@ -101,7 +102,7 @@ def float_panels(kind: str):
                 while m < tokens:
                     rows = strip_rows(tokens - m, most)
                     at, p = x + m * x_row + step * x_step, p0
-                    soon = (ahead if m == 0 else 0) if ahead != 0 else following if m + rows == tokens else 0
+                    soon = (ahead if m == 0 else 0) if ahead != 0 else following if m + LATE * most >= tokens else 0
                     while p < end:
                         part, to = w + p * w_panel + step * w_step, y + m * y_row + p * ROW_BYTES
                         if end - p >= wide and soon != 0:
@@ -200,7 +201,7 @@ def integer_product(kind: str, x_bytes: int):
                 a, s, t, p = x + m * x_row, scale + m * scale_row, total + m * scale_row, p0
                 while p < end:
                     at, to = w + p * w_panel, y + m * y_row + p * ROW_BYTES
-                    if end - p >= wide and m + rows == tokens:
+                    if end - p >= wide and m + LATE * most >= tokens:
                         asking(rows, (a, x_row, s, t, scale_row, at, w_panel, groups, to, y_row, ROW_BYTES, PANELS * w_panel))
                         p += wide
                     elif wide > 1 and end - p >= wide:
