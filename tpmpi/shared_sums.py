@@ -25,7 +25,7 @@ from mpi4py import MPI
 LEAST = 16384  # bytes of a sum that two meetings of all ranks are worth: of 14 KB between two ranks a message is as fast
 PAGE = 4096
 ALL_PARTS = 65536  # bytes of the parts of a small sum, each of which every rank reads
-LOOKS = 1000  # of a rank that waits, some 40 us, until it offers its core to others; none where there are more ranks than cores
+LOOKS = 1000  # of a rank that waits, until it offers its core to others; none where there are more ranks than cores
 FOLDER = '/dev/shm'  # where MPI libraries keep such memory; a page that finds no place there would end the process
 
 

@@ -19,7 +19,7 @@ from tpmpi.kernels.elementwise import bfloat16
 from tpmpi.kernels.jit import helper, inlined, shared_kernel
 from tpmpi.kernels.products import float_panels
 from tpmpi.kernels.rows import floats, halves, row_cap, row_exp, row_exp_halves, row_max
-from tpmpi.kernels.tiles import AHEAD, LANES, PER_STEP, X_STEP, keep
+from tpmpi.kernels.tiles import AHEAD, LANES, LATER, PER_STEP, X_STEP, keep
 
 SCORES = 1 << 16  # of one block of rows: 256 KiB, half of a second-level cache
 MOST_ROWS, FEWEST_ROWS = 16, 4  # queries of one block
@@ -160,7 +160,7 @@ def put_rows(sums, width, factors, b, first_row, head, heads):
 
 def _attention(kind: str):
     """share(…) for a cache of float32 or bfloat16; pairs: of bfloat16, which Q and the exponentials are rounded to as well."""
-    add_panels, each, pairs = float_panels(kind), PER_STEP.get(kind, 2), kind == 'pairs'
+    add_panels, each, pairs = float_panels(kind, LATER), PER_STEP.get(kind, 2), kind == 'pairs'
     x_bytes = X_STEP[kind] // each
 
     @helper

@@ -16,6 +16,7 @@ from tpmpi.kernels.amx import ROW, TILE, TILE_K, TILE_ROWS, registers, release, 
 from tpmpi.kernels.attention import (
     ATTEND_BFLOAT16,
     FEWEST_ROWS,
+    SOON,
     first_query,
     mask_row,
     most_columns,
@@ -100,7 +101,7 @@ def _attention(parts: int):
             column, slot, last = pieces[piece, 0], pieces[piece, 3], pieces[piece, 3] + pieces[piece, 2]
             at, end = slot // TILE_K * TILE_K, last // TILE_K * TILE_K
             x_at, also = pa + column // TILE_K * TILE, 0
-            if then >= 0:
+            if then >= 0 and width * 2 * dim <= SOON:
                 there = slot_there(table, blocks, block, then, pieces[piece, 1], low, window)
                 if there >= 0:
                     also = then_k + (there // TILE_K - slot // TILE_K) * TILE_K * 2 * dim

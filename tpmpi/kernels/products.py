@@ -12,7 +12,7 @@ from numba import prange
 
 from tpmpi.kernels.jit import VNNI, WIDTH, helper, inlined, shared_kernel
 from tpmpi.kernels.rows import row_quantize
-from tpmpi.kernels.tiles import AHEAD, GROUP, LANES, PER_STEP, X_STEP, float_tile, integer_tile, keep
+from tpmpi.kernels.tiles import AHEAD, GROUP, LANES, LATER, PER_STEP, STREAM, X_STEP, float_tile, integer_tile, keep
 
 K_STEPS = 1024  # along k in one pass over many rows: four panels of them, 256 KiB, stay in the second-level cache
 PANELS = 4  # of one pass
@@ -66,22 +66,25 @@ def panels_of_far(far: dict[int, int]):
     return count
 
 
-def float_panels(kind: str):
+def float_panels(kind: str, level: int = STREAM):
     """add(x, x_row, tokens, w, w_panel, w_step, panels, steps, y, y_row, fresh, ahead): adds x · W to whole panels of y.
 
     x, w, y: addresses; the others: strides in bytes and counts.  fresh: y is written instead, if there is a step.  ahead: how
     far behind each weight that lies what is asked for meanwhile; 0: the weights to come.
-    kind: float32, bfloat16, or pairs (see float_tile).
+    kind: float32, bfloat16, or pairs (see float_tile); level: of the cache that is asked for what few tokens multiply.
     """
     def tile(rows, panels):
         return float_tile(kind, rows, panels)
 
     def far_tile(rows, panels):
-        return float_tile(kind, rows, panels, True)
+        return float_tile(kind, rows, panels, level)
+
+    def asking_tile(rows, panels):
+        return float_tile(kind, rows, panels, LATER)
 
     near_panels, far_panels = (NEAR_PAIRS, FAR_PAIRS) if kind == 'bfloat16' else (NEAR, FAR)
-    near, last = strips(tile, near_panels), strips(far_tile, dict.fromkeys(near_panels, 1))
-    wide, most, asking = near_panels[1], max(near_panels), strips(far_tile, near_panels)
+    near, last = strips(tile, near_panels), strips(asking_tile, dict.fromkeys(near_panels, 1))
+    wide, most, asking = near_panels[1], max(near_panels), strips(asking_tile, near_panels)
     far, together = strips(far_tile, far_panels), panels_of_far(far_panels)
     x_step = X_STEP[kind]
 
@@ -179,10 +182,13 @@ def integer_product(kind: str, x_bytes: int):
         return integer_tile(kind, rows, panels, x_bytes)
 
     def far_tile(rows, panels):
-        return integer_tile(kind, rows, panels, x_bytes, True)
+        return integer_tile(kind, rows, panels, x_bytes, STREAM)
+
+    def asking_tile(rows, panels):
+        return integer_tile(kind, rows, panels, x_bytes, LATER)
 
     near, last, wide = strips(tile, NEAR_INTEGERS), strips(tile, dict.fromkeys(NEAR_INTEGERS, 1)), NEAR_INTEGERS[1]
-    asking = strips(far_tile, NEAR_INTEGERS)
+    asking = strips(asking_tile, NEAR_INTEGERS)
     far, together, most = strips(far_tile, FAR_INTEGERS), panels_of_far(FAR_INTEGERS), max(NEAR_INTEGERS)
 
     @inlined

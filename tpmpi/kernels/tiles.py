@@ -31,8 +31,10 @@ from tpmpi.kernels.jit import CPU, HALVES, HAS_PAIRS, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
 # Bytes that a stream from memory is asked for beforehand, since a CPU's own prefetchers stop where a page ends, and into which
-# level.  Requests for the first one fill the few places that a Zen has for lines under way: int8 went at half the speed.
-AHEAD, LEVEL = (768, 2) if CPU.startswith('znver') else (1536, 3)
+# level, as Emit.prefetch numbers them.  Requests for the first one fill the few places that a Zen has for lines under way: int8
+# went at half the speed.
+AHEAD, STREAM = (768, 2) if CPU.startswith('znver') else (1536, 3)
+LATER = 2  # level for what is needed after much else
 PARTS = LANES // WIDTH  # vectors in a panel's row
 HALF_BYTES = 2 if HALVES else 4  # of a scale or an offset
 PER_STEP = {'float32': 1, 'bfloat16': 2}  # weights along k that lie together for one output
@@ -169,11 +171,11 @@ def outer_product(rows, columns, depth, x_at, w_at, add):
                     add(r, v, j, xk, held[v][j])
 
 
-def float_tile(kind: str, rows: int, panels: int, far: bool = False):
+def float_tile(kind: str, rows: int, panels: int, level: int = 0):
     """tile(x, x_row, w, w_panel, w_step, steps, y, y_row, y_panel, fresh, ahead): addresses, and strides in bytes.
 
-    kind: of the weights, and pairs: weights and x are bfloat16.  far: what lies `ahead` bytes behind each weight is asked for
-    meanwhile.  fresh: y is not added to, but written, whatever it holds.
+    kind: of the weights, and pairs: weights and x are bfloat16.  level: of the cache that is asked meanwhile for what lies
+    `ahead` bytes behind each weight; 0: none.  fresh: y is not added to, but written, whatever it holds.
     """
     columns = panels * PARTS
 
@@ -197,8 +199,8 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
                 return e.splat(e.load(e.at(xs[r], (loop.index, X_STEP[kind]), 4 * j), I32 if kind == 'pairs' else F32, 4))
 
             def w_at(v):
-                if far and v % PARTS == 0:
-                    e.prefetch(e.at(b.add(ws[v // PARTS], ahead), (loop.index, w_step)), near=LEVEL)
+                if level and v % PARTS == 0:
+                    e.prefetch(e.at(b.add(ws[v // PARTS], ahead), (loop.index, w_step)), near=level)
                 bits = e.load(e.at(ws[v // PARTS], (loop.index, w_step), v % PARTS * WIDTH * 4), VI, 4)
                 return [bits] if kind == 'pairs' else e.halves(bits) if kind == 'bfloat16' else [b.bitcast(bits, VF)]
 
@@ -211,7 +213,7 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
             e.store(b.load(sums[r][v]), ys[r][v])
 
     def emit(context, builder, signature, args):
-        out_of_line(builder, f'tile_{kind}_{rows}_{panels}' + '_far' * far, args, body)
+        out_of_line(builder, f'tile_{kind}_{rows}_{panels}' + f'_{level}', args, body)
         return context.get_dummy_value()
 
     @intrinsic
@@ -220,11 +222,11 @@ def float_tile(kind: str, rows: int, panels: int, far: bool = False):
     return tile
 
 
-def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = False):
+def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, level: int = 0):
     """tile(x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel, ahead): addresses, and strides in bytes.
 
     x: int16 or, x_bytes 1, int8; scale: float32 of each group of x; total: what its sum adds (see `rows.row_quantize`);
-    far, ahead: as in `float_tile`.  The sums of all groups stay in registers where there are enough of them.
+    level, ahead: as in `float_tile`.  The sums of all groups stay in registers where there are enough of them.
     """
     columns, held = panels * PARTS, WIDTH == 16
 
@@ -254,8 +256,8 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = Fa
                     return e.splat(e.load(e.at(xg[r], (inner.index, 4 * words), 4 * j), I32, 4))
 
                 def w_at(v):
-                    if far and v % PARTS == 0:
-                        e.prefetch(e.at(b.add(wg[v // PARTS], ahead), (inner.index, LANES * 4)), near=LEVEL)
+                    if level and v % PARTS == 0:
+                        e.prefetch(e.at(b.add(wg[v // PARTS], ahead), (inner.index, LANES * 4)), near=level)
                     return group_quads(e, kind, wg[v // PARTS], inner.index, v % PARTS, x_bytes)
 
                 def add(r, v, j, xk, value):
@@ -278,7 +280,7 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, far: bool = Fa
             e.store(b.load(floats[r][v]), ys[r][v])
 
     def emit(context, builder, signature, args):
-        out_of_line(builder, f'tile_{kind}_{x_bytes}_{rows}_{panels}' + '_far' * far, args, body)
+        out_of_line(builder, f'tile_{kind}_{x_bytes}_{rows}_{panels}' + f'_{level}', args, body)
         return context.get_dummy_value()
 
     @intrinsic
