@@ -28,7 +28,7 @@ from tpmpi.kernels import (
 )
 from tpmpi.kernels.jit import HALVES
 from tpmpi.kernels.recent import Recent
-from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, PER_STEP
+from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
 
 VALUES = {'float32': np.float32, 'bfloat16': np.uint16, 'int8': np.uint8, 'int4': np.uint8}  # a panel seen as these
@@ -135,9 +135,6 @@ class Kernels:
         y, ids = np.zeros((len(tokens), table.in_features), np.float32), np.ascontiguousarray(tokens, np.int64) - vocab.start
         embed = getattr(packing, f'embed_{table.kind}')
         embed(ids, len(vocab), table.data.view(VALUES[table.kind]), y.view(np.uint32) if table.kind == 'bfloat16' else y)
-        if table.kind in ('int8', 'int4'):
-            mine = (ids >= 0) & (ids < len(vocab))
-            y[mine] = _scaled(y[mine], table, ids[mine])
         return y
 
     def rms_norm(self, x, gain, eps: float):
@@ -395,17 +392,6 @@ def _bytes_of(scales: np.ndarray) -> np.ndarray:
     """Scales or offsets as the bytes that a panel keeps of each.  float16 [a, b] -> uint8 [a, b, 2 or 4]"""
     kept = np.ascontiguousarray(scales, np.float16 if HALVES else np.float32)
     return kept.view(np.uint8).reshape(*kept.shape, HALF_BYTES)
-
-
-def _scaled(values, table: Weight, rows):
-    """Integers of the embedding's rows as the numbers that they stand for.  [tokens, hidden]"""
-    groups = table.data.reshape(len(table.data), -1, GROUP_BYTES[table.kind])  # [panels, groups, bytes]
-    at, parts = GROUP_VALUES[table.kind], []
-    for start in (at, at + LANES * HALF_BYTES)[:1 if table.kind == 'int8' else 2]:
-        stored = np.ascontiguousarray(groups[rows // LANES, :, start:start + LANES * HALF_BYTES])
-        stored = stored.view(np.float16 if HALVES else np.float32).astype(np.float32)  # [tokens, groups, 16]
-        parts.append(np.repeat(stored[np.arange(len(rows)), :, rows % LANES], GROUP, axis=1))
-    return values * parts[0] + (parts[1] if len(parts) == 2 else 0)
 
 
 def _even(x, weight: Weight):

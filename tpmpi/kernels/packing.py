@@ -6,7 +6,7 @@ import numpy as np
 from numba import prange
 
 from tpmpi.kernels.jit import helper, kernel, shared_kernel
-from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES
+from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, GROUP_VALUES, HALF_BYTES, LANES, keep, widened
 
 INT8_BYTES, INT8_SCALES = GROUP_BYTES['int8'], GROUP_VALUES['int8']  # of a group; where its scales begin
 INT4_BYTES, INT4_SCALES = GROUP_BYTES['int4'], GROUP_VALUES['int4']
@@ -109,21 +109,30 @@ def embed_bfloat16(ids, rows, w, y):
 
 @kernel('void(i8[::1], i8, u1[:, ::1], f4[:, ::1])')
 def embed_int8(ids, rows, w, y):
-    """Rows of the table, without their scales."""
+    """Rows of the table."""
     size = INT8_BYTES
     for t in range(len(ids)):
         if 0 <= ids[t] < rows:
+            panel, lane = w.ctypes.data + ids[t] // LANES * w.shape[1], ids[t] % LANES
             for k in range(y.shape[1]):
-                at = k // GROUP * size + k % GROUP // 4 * (4 * LANES) + ids[t] % LANES * 4 + k % 4
-                y[t, k] = np.int64(w[ids[t] // LANES, at]) - 128
+                group = k // GROUP * size
+                byte = group + k % GROUP // 4 * (4 * LANES) + lane * 4 + k % 4
+                scale = widened(panel + group + INT8_SCALES + lane * HALF_BYTES)
+                y[t, k] = np.float32(np.int64(w[ids[t] // LANES, byte]) - 128) * scale
+    keep(w)
 
 
 @kernel('void(i8[::1], i8, u1[:, ::1], f4[:, ::1])')
 def embed_int4(ids, rows, w, y):
-    """Rows of the table, without their scales and offsets."""
+    """Rows of the table."""
     size = INT4_BYTES
     for t in range(len(ids)):
         if 0 <= ids[t] < rows:
+            panel, lane = w.ctypes.data + ids[t] // LANES * w.shape[1], ids[t] % LANES
             for k in range(y.shape[1]):
-                byte = k // GROUP * size + k % GROUP // 8 * (4 * LANES) + ids[t] % LANES * 4 + k % 4
-                y[t, k] = (w[ids[t] // LANES, byte] >> np.uint8(k % 8 // 4 * 4)) & np.uint8(15)
+                group = k // GROUP * size
+                byte = group + k % GROUP // 8 * (4 * LANES) + lane * 4 + k % 4
+                scale = panel + group + INT4_SCALES + lane * HALF_BYTES
+                value = np.float32((w[ids[t] // LANES, byte] >> np.uint8(k % 8 // 4 * 4)) & np.uint8(15))
+                y[t, k] = value * widened(scale) + widened(scale + LANES * HALF_BYTES)
+    keep(w)

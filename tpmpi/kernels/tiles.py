@@ -31,9 +31,9 @@ from tpmpi.kernels.jit import CPU, HALVES, HAS_PAIRS, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
 # Bytes that a stream from memory is asked for beforehand, since a CPU's own prefetchers stop where a page ends, and into which
-# level, as Emit.prefetch numbers them.  Requests for the first one fill the few places that a Zen has for lines under way: int8
-# went at half the speed.
-AHEAD, STREAM = (768, 2) if CPU.startswith('znver') else (1536, 3)
+# level, as Emit.prefetch numbers them.  Requests for the first one fill the few places that a Zen up to the fourth has for lines
+# under way: int8 went at half the speed there, and on a fifth one a tenth faster.
+AHEAD, STREAM = (768, 2) if CPU in ('znver1', 'znver2', 'znver3', 'znver4') else (1536, 3)
 LATER = 2  # level for what is needed after much else
 PARTS = LANES // WIDTH  # vectors in a panel's row
 HALF_BYTES = 2 if HALVES else 4  # of a scale or an offset
@@ -364,6 +364,15 @@ def float_of(typing_context, bits):
 def bits_of(typing_context, value):
     """The bits of a float32."""
     return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], I32)
+
+
+@intrinsic
+def widened(typing_context, address):
+    """One scale or offset, as stored in a panel, as float32."""
+    def emit(context, builder, signature, args):
+        value = Emit(builder).load(args[0], F16 if HALVES else F32, 2)
+        return builder.fpext(value, F32) if HALVES else value
+    return types.float32(types.int64), emit
 
 
 @intrinsic
