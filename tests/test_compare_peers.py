@@ -76,6 +76,23 @@ def test_a_busy_machine_is_told(monkeypatch):
         assert ('Not to be trusted' in peers.table(o, [peers.compare(o, 'int8', 'llama', run)])) == told
 
 
+def test_a_pair_counts_where_memory_was_steady():
+    """Before, between and after each pair: the second pair's third figure is another speed's."""
+    speeds = iter([50, 51, 49, 50, 50, 80, 80, 79, 80])
+    paired, asked = made_up({1: [(100, 10), (100, 20), (100, 30)], ('llama', 1): [(100, 10)]})
+
+    def run(command, env):
+        return paired(command, env) if '--peer' in command or '--batch' in command else {'stream_gb_per_s': next(speeds)}
+
+    o = peers.parse([*ALL, '--only', 'int8', '--rounds', '2', '--steady'])
+    rounds = peers.compare(o, 'int8', 'llama', run)['rounds']
+    assert [r['tpmpi'][1]['decode'] for r in rounds] == [10, 30] and [r['memory'] for r in rounds] == [[50, 51, 49], [80, 79, 80]]
+    assert asked == [1, 'llama'] * 3
+    speeds = itertools.cycle([50, 80])
+    with pytest.raises(SystemExit, match='memory was alike around 0 of them'):
+        peers.compare(o, 'int8', 'llama', run)
+
+
 def test_commands_are_options_that_exist(monkeypatch):
     o = peers.parse([*ALL, '--prompt-tokens', '7', '--new-tokens', '5', '--tpmpi-options', '--kv bfloat16'])
     command = peers.tpmpi_command(o, 'int8', 16)
