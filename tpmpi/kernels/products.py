@@ -16,7 +16,7 @@ from tpmpi.kernels.tiles import AHEAD, GROUP, LANES, LATER, PER_STEP, STREAM, X_
 
 K_STEPS = 1024  # along k in one pass over many rows: four panels of them, 256 KiB, stay in the second-level cache
 PANELS = 4  # of one pass
-LATE = 2  # last strips of rows, which ask memory for the next panels: in one alone too many requests at once are dropped
+LATE = 4  # last strips of rows, which ask memory for the next panels: of many requests at once most are dropped
 ROW_BYTES = LANES * 4  # of a panel's outputs
 # panels of a tile, by its rows: as many as the sums have vector registers for
 NEAR = {6: 4, 4: 4, 3: 4, 2: 4, 1: 4} if WIDTH == 16 else {6: 1, 4: 1, 3: 1, 2: 1, 1: 1}
