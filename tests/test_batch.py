@@ -318,6 +318,34 @@ def test_a_stopped_rank_ends_the_run_and_the_output_goes_on(reciter, tmp_path):
     assert is_recited(records(output), 40)
 
 
+@pytest.mark.parametrize('rank', [0, 1, 2])
+def test_a_rank_that_stops_as_work_begins(reciter, tmp_path, rank):
+    """Replicas of one rank each never meet in a sum: nobody but the watch can miss it."""
+    lines, output = write_lines(tmp_path / 'in.jsonl', reciting(200)), tmp_path / 'out.jsonl'
+    with Job(3, '--model', reciter, '--input', lines, '--output', output, '--replicas', 3, '--stall-timeout', 1) as job:
+        job.wait_for_ranks()
+        assert job.wait_for_work(), job.said
+        os.kill(job.pids[rank], signal.SIGSTOP)
+        assert job.end(30) != 0
+        assert re.search(rf'tpmpi: no progress for 1 s: rank {rank} on .* did not arrive', job.said), job.said
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_rank_whose_file_system_hangs_while_it_loads(reciter, tmp_path, monkeypatch, rank):
+    """Its other thread still answers: what tells it from those that wait is that it has come to fewer meetings."""
+    lines, output = write_lines(tmp_path / 'in.jsonl', reciting(4)), tmp_path / 'out.jsonl'
+    options = ('--model', reciter, '--input', lines, '--output', output, '--stall-timeout', 1, '--kernels', 'reference')
+    monkeypatch.setenv('TPMPI_TEST_LOAD_SECONDS', '4')
+    monkeypatch.setenv('TPMPI_TEST_HANGS', str(rank))
+    with Job(3, *options) as job:
+        job.wait_for_ranks()
+        assert job.end(40) != 0
+        assert re.search(rf'tpmpi: no progress for 4 s: rank {rank} on .* did not arrive', job.said), job.said
+    monkeypatch.delenv('TPMPI_TEST_HANGS')
+    batch(3, *options)
+    assert is_recited(records(output), 4)
+
+
 def test_a_full_disk(reciter, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()

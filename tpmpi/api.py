@@ -154,7 +154,8 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         atexit.register(_close_carrier, comm)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
         comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size, ops)
-        model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks)
+        model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks,
+                               session.comm.while_waiting)
     _keep_freed_memory()
     tracer = None
     if tracing:
@@ -265,7 +266,7 @@ def _kernels(session, run: RunConfig, device, config, kinds: set[str]):
         ticket = f'{session.host}-{session.comm.share(secrets.token_hex(4))}'
         before = session.local_rank * session.threads  # children of this node's other ranks
         children = max(0, min(session.threads, MOST_COMPILERS - before))
-        session.agreed(ops.compile_missing, needed, children, ticket)
+        session.agreed(ops.compile_missing, needed, children, ticket, session.comm.while_waiting)
     session.agreed(ops.build, needed)
     return ops
 

@@ -23,6 +23,7 @@ from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, DEVICES, K
 STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
 STALL_SECONDS = 300.0
+LOAD_SECONDS = 60.0  # without a sign of life while the model is loaded, at least: a piece of it, or a module, may come slowly
 MODEL_SAMPLE = 1 << 20  # bytes at either end of a model file that tell it from another one
 
 log = logging.getLogger('tpmpi')
@@ -165,6 +166,7 @@ def load(s: session.Session, options: argparse.Namespace):
     """The model on this rank, as a part of its replica: (llm, the replica's communicator, its number)."""
     replica = s.comm.rank * options.replicas // s.comm.size
     group = s.comm.split(replica)
+    group.while_waiting = s.comm.while_waiting
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
                    chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
                    activations=options.activations, share_prefixes=not options.no_prefix_sharing,
@@ -222,7 +224,9 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
     from tpmpi.dispatch import Queue
     from tpmpi.progress import Energy
     queue = engine = energy = None
+    s.watch.where, s.comm.while_waiting = lambda: (0, s.comm.entered), lambda: s.watch.step(0)
     if s.comm.rank == 0:
+        s.watch.expect_steps(max(options.stall_timeout, LOAD_SECONDS))
         limit = float('inf') if options.time_limit is None else start + options.time_limit
         queue = Queue(*files, options.replicas, lambda: s.watch.stop_requested or perf_counter() > limit)
         log.info('%s: %d requests, %d done before; %d replica%s on %d rank%s', options.input, queue.total, queue.before,
@@ -233,10 +237,13 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
         engine, blocks = llm.engine, cache_blocks(s, options, llm, group)
         s.agreed(engine.allocate, blocks, options.max_sequences)
         if queue is not None:
+            s.watch.expect_steps(options.stall_timeout)
             log.info('%d blocks of %d positions in the cache of each replica', blocks, engine.run.block)
         energy = Energy() if s.local_rank == 0 else None
         loaded = perf_counter()
         compute(s, options, defaults, engine, group, number, queue, energy)
+    if queue is not None:
+        s.watch.expect_steps(float('inf'))  # nobody takes steps from here on
     figures = s.comm.exchange(rank_figures(s, engine, energy))
 
     def conclude() -> bool:
@@ -268,8 +275,6 @@ def compute(s: session.Session, options: argparse.Namespace, defaults, engine, g
 
     s.watch.where = lambda: (number, group.entered)
     group.while_waiting = s.comm.while_waiting = lambda: s.watch.step(engine.steps)
-    if s.comm.rank == 0:
-        s.watch.expect_steps(options.stall_timeout)
     if group.rank == 0:
         mail = Mail(leaders)
         replica = Replica(engine, defaults, Path(options.model or 'bundled').stem, options.max_sequences)
@@ -280,9 +285,8 @@ def compute(s: session.Session, options: argparse.Namespace, defaults, engine, g
         mail.close()
     else:
         follow(engine, beat)
-    s.comm.exchange(None)  # all have ended: nobody takes steps from here on
+    s.comm.exchange(None)  # all have ended
     if progress is not None:
-        s.watch.expect_steps(float('inf'))
         progress.close()
 
 

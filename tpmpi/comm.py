@@ -53,7 +53,7 @@ class Communicator:
         self.carrier, self.shared = carrier, None
         self.traffic = {name: Traffic() for name in ('all_reduce', 'gather', 'broadcast')}
         self.entered = 0  # collectives that this rank has begun: a rank with fewer is one that the others wait for
-        self.while_waiting: Callable[[], object] = lambda: None  # called now and then while it waits asleep
+        self.while_waiting: Callable[[], object] = lambda: None  # called now and then while it waits asleep, or loads
 
     def all_reduce(self, x) -> None:
         """Sum x over all ranks, in place.  x: C-contiguous float32, the same shape on every rank.

@@ -6,7 +6,7 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -126,7 +126,7 @@ def view(window: int | None, context: int | None, sinks: int) -> tuple[int | Non
 
 
 def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bool = False, xp=np,
-               weights: str | None = None, sinks: int = 0) -> ModelShard:
+               weights: str | None = None, sinks: int = 0, meanwhile: Callable[[], object] = lambda: None) -> ModelShard:
     """Read this rank's rows of every tensor straight into the kernels' layout.
 
     reader: a model file that is open (its `config`, `kind(name)` and `read_rows(name, rows, verify)`).
@@ -134,6 +134,7 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
     context: positions that attention sees, at most; None sees all that the model sees.
     sinks: first tokens that it sees besides, where the context is what limits it.
     weights: the kind of all matrices that can have it (see sharding.target_kind); None: as in the file.
+    meanwhile: called after each piece of a matrix, a sign of life where the whole takes long.
     """
     config, float16 = reader.config, getattr(ops, 'FLOAT16', False)
     specs = tensor_specs(config)
@@ -163,6 +164,7 @@ def load_model(reader, shard: Shard, ops, context: int | None = None, verify: bo
                 except ValueError as e:  # what the kind cannot hold
                     raise ValueError(f'tensor {spec.name} as {kind}: {e}') from e
                 at += len(piece)
+                meanwhile()
 
     def experts(names: list[list[str]]) -> Weight:
         """The matrices of all experts, of one kind: float32, without loss, where theirs differ."""

@@ -1,14 +1,30 @@
-"""tpmpi.batch, whose ranks each write their process id to the folder TPMPI_TEST_PIDS, in a file of their number."""
+"""tpmpi.batch, whose ranks each write their process id to the folder TPMPI_TEST_PIDS, in a file of their number.
 
+On rank TPMPI_TEST_HANGS the file system hangs in the middle of the model; loading may then take TPMPI_TEST_LOAD_SECONDS.
+"""
+
+import itertools
 import os
 import sys
+import time
 from pathlib import Path
 
 from mpi4py import MPI
 
-from tpmpi import batch
+from tpmpi import batch, checkpoint
 
-folder = Path(os.environ['TPMPI_TEST_PIDS'])
-(folder / f'{MPI.COMM_WORLD.rank}.new').write_text(str(os.getpid()))
-(folder / f'{MPI.COMM_WORLD.rank}.new').rename(folder / str(MPI.COMM_WORLD.rank))
+rank, folder = MPI.COMM_WORLD.rank, Path(os.environ['TPMPI_TEST_PIDS'])
+(folder / f'{rank}.new').write_text(str(os.getpid()))
+(folder / f'{rank}.new').rename(folder / str(rank))
+batch.LOAD_SECONDS = float(os.environ.get('TPMPI_TEST_LOAD_SECONDS', batch.LOAD_SECONDS))
+if os.environ.get('TPMPI_TEST_HANGS') == str(rank):
+    calls, read_rows = itertools.count(), checkpoint.CheckpointReader.read_rows
+
+    def hang(*arguments):
+        """Reads three times, and then never again."""
+        if next(calls) == 3:
+            time.sleep(3600)
+        return read_rows(*arguments)
+
+    checkpoint.CheckpointReader.read_rows = hang
 sys.exit(batch.main())

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite
@@ -94,11 +95,11 @@ def missing(kernels) -> int:
 CHILD = 'from tpmpi.kernels import jit; jit.compile_claimed()'
 
 
-def compile_missing(kernels, processes: int, ticket: str) -> None:
+def compile_missing(kernels, processes: int, ticket: str, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Compile what the cache lacks, in child processes: what a compiler takes of memory is given back when they end.
 
     ticket: a name of this build, the same in all the processes that share it, each of which begins `processes` children.
-    A kernel that no child could compile is left for `build`, which then says why.
+    A kernel that no child could compile is left for `build`, which then says why.  meanwhile: called once a second.
     """
     names = [_name(k) for k in kernels if not _mark(k).exists()]
     if not names:
@@ -112,7 +113,10 @@ def compile_missing(kernels, processes: int, ticket: str) -> None:
             children.append(subprocess.Popen([sys.executable, '-c', CHILD, ticket, *names], env=env, stdin=subprocess.PIPE,
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     for child in children:
-        child.wait()  # which ends at once if this process does: its standard input is then closed
+        while child.poll() is None:  # it ends at once if this process does: its standard input is then closed
+            meanwhile()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
         child.stdin.close()
 
 
