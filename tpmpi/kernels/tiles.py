@@ -31,8 +31,8 @@ from tpmpi.kernels.jit import CPU, HALVES, HAS_PAIRS, VNNI, WIDTH, X86
 
 LANES, GROUP = 16, 32
 # Bytes that a stream from memory is asked for beforehand, since a CPU's own prefetchers stop where a page ends, and into which
-# level, as Emit.prefetch numbers them.  Requests for the first one fill the few places that a Zen up to the fourth has for lines
-# under way: int8 went at half the speed there, and on a fifth one a tenth faster.
+# level, as Emit.prefetch numbers them.  Requests for the first one fill the few places that a Zen has for lines under way: on
+# the fourth int8 went at half the speed, on the fifth a tenth faster.
 AHEAD, STREAM = (768, 2) if CPU in ('znver1', 'znver2', 'znver3', 'znver4') else (1536, 3)
 LATER = 2  # level for what is needed after much else
 PARTS = LANES // WIDTH  # vectors in a panel's row
