@@ -98,13 +98,20 @@ class Emit:
         """a * b + c, in one rounding where the CPU has that."""
         return self.call(f'llvm.fmuladd.v{WIDTH}f32', a, b, c)
 
+    def here(self, value):
+        """value, as an assembler instruction of no length gives it: LLVM leaves a chain of sums of integers as it stands.
+
+        It would add the products of several steps up first, and keep on the stack what has no register meanwhile.
+        """
+        return self.b.asm(ir.FunctionType(VI, [VI]), '', '=v,0' if WIDTH == 16 else '=x,0', [value], False)
+
     def add_pairs(self, total, a, b):
         """total plus two neighbouring products of 16-bit integers, in 32 bits."""
         if VNNI:
             return self.call(f'llvm.x86.avx512.vpdpwssd.{32 * WIDTH}', total, a, b)
         a, b = self.b.bitcast(a, VH), self.b.bitcast(b, VH)
         if X86:
-            return self.b.add(total, self.call(PMADDWD, a, b, result=VI))
+            return self.here(self.b.add(total, self.call(PMADDWD, a, b, result=VI)))
         wide = ir.VectorType(I32, 2 * WIDTH)
         product = self.b.mul(self.b.sext(a, wide), self.b.sext(b, wide))
         nothing = ir.Constant(wide, ir.Undefined)
@@ -164,8 +171,8 @@ def outer_product(rows, columns, depth, x_at, w_at, add):
                     add(r, v, j, held[r][j], value)
     else:
         held = [w_at(v) for v in range(columns)]
-        for r in range(rows):
-            for j in range(depth):
+        for j in range(depth):
+            for r in range(rows):
                 xk = x_at(r, j)
                 for v in range(columns):
                     add(r, v, j, xk, held[v][j])
@@ -222,11 +229,12 @@ def float_tile(kind: str, rows: int, panels: int, level: int = 0):
     return tile
 
 
-def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, level: int = 0):
+def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, level: int = 0, unrolled: bool = False):
     """tile(x, x_row, scale, total, scale_row, w, w_panel, groups, y, y_row, y_panel, ahead): addresses, and strides in bytes.
 
     x: int16 or, x_bytes 1, int8; scale: float32 of each group of x; total: what its sum adds (see `rows.row_quantize`);
-    level, ahead: as in `float_tile`.  The sums of all groups stay in registers where there are enough of them.
+    level, ahead: as in `float_tile`.  unrolled: all steps of a group without a loop.  The sums of all groups stay in registers
+    where there are enough of them.
     """
     columns, held = panels * PARTS, WIDTH == 16
 
@@ -251,20 +259,24 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, level: int = 0
                     b.store(first, sums[r][v])
             values = 8 if kind == 'int4' else 4  # of an output in one load of weights
             words = values * x_bytes // 4  # of 32 bits of x that meet them
-            with cgutils.for_range(b, I64(GROUP // values)) as inner:
-                def x_at(r, j):
-                    return e.splat(e.load(e.at(xg[r], (inner.index, 4 * words), 4 * j), I32, 4))
+            at_once = GROUP // values if unrolled else 1
+            with cgutils.for_range(b, I64(GROUP // values // at_once)) as inner:
+                for i in range(at_once):
+                    index = e.at(I64(i), (inner.index, at_once))
 
-                def w_at(v):
-                    if level and v % PARTS == 0:
-                        e.prefetch(e.at(b.add(wg[v // PARTS], ahead), (inner.index, LANES * 4)), near=level)
-                    return group_quads(e, kind, wg[v // PARTS], inner.index, v % PARTS, x_bytes)
+                    def x_at(r, j, index=index):
+                        return e.splat(e.load(e.at(xg[r], (index, 4 * words), 4 * j), I32, 4))
 
-                def add(r, v, j, xk, value):
-                    more = e.add_quads if x_bytes == 1 else e.add_pairs
-                    b.store(more(b.load(sums[r][v]), value, xk), sums[r][v])
+                    def w_at(v, index=index):
+                        if level and v % PARTS == 0:
+                            e.prefetch(e.at(b.add(wg[v // PARTS], ahead), (index, LANES * 4)), near=level)
+                        return group_quads(e, kind, wg[v // PARTS], index, v % PARTS, x_bytes)
 
-                outer_product(rows, columns, words, x_at, w_at, add)
+                    def add(r, v, j, xk, value):
+                        more = e.add_quads if x_bytes == 1 else e.add_pairs
+                        b.store(more(b.load(sums[r][v]), value, xk), sums[r][v])
+
+                    outer_product(rows, columns, words, x_at, w_at, add)
             for v in range(columns):
                 w_scale, w_offset = group_scales(e, kind, wg[v // PARTS], v % PARTS)
                 for r in range(rows):
@@ -280,7 +292,7 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, level: int = 0
             e.store(b.load(floats[r][v]), ys[r][v])
 
     def emit(context, builder, signature, args):
-        out_of_line(builder, f'tile_{kind}_{x_bytes}_{rows}_{panels}' + f'_{level}', args, body)
+        out_of_line(builder, f'tile_{kind}_{x_bytes}_{rows}_{panels}_{level}' + '_unrolled' * unrolled, args, body)
         return context.get_dummy_value()
 
     @intrinsic
