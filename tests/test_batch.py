@@ -345,6 +345,21 @@ def test_a_rank_whose_file_system_hangs_while_it_loads(reciter, tmp_path, monkey
     assert is_recited(records(output), 4)
 
 
+@pytest.mark.parametrize('function', ['facts_of', 'close_files'])
+def test_a_file_system_that_hangs_as_rank_0_opens_or_closes(reciter, tmp_path, monkeypatch, function):
+    lines, output = write_lines(tmp_path / 'in.jsonl', reciting(4)), tmp_path / 'out.jsonl'
+    options = ('--model', reciter, '--input', lines, '--output', output, '--stall-timeout', 1, '--kernels', 'reference')
+    monkeypatch.setenv('TPMPI_TEST_LOAD_SECONDS', '4')
+    monkeypatch.setenv('TPMPI_TEST_HANGS_IN', function)
+    with Job(3, *options) as job:
+        job.wait_for_ranks()
+        assert job.end(40) != 0
+        assert re.search(r'tpmpi: no progress for 4 s: rank 0 on .* did not arrive', job.said), job.said
+    monkeypatch.delenv('TPMPI_TEST_HANGS_IN')
+    batch(3, *options)
+    assert is_recited(records(output), 4)
+
+
 def test_a_full_disk(reciter, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()

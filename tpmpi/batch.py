@@ -23,7 +23,7 @@ from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, DEVICES, K
 STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
 STALL_SECONDS = 300.0
-LOAD_SECONDS = 60.0  # without a sign of life while the model is loaded, at least: a piece of it, or a module, may come slowly
+LOAD_SECONDS = 60.0  # without a sign of life, at least, while files are opened or closed or the model loaded: disks may be slow
 MODEL_SAMPLE = 1 << 20  # bytes at either end of a model file that tell it from another one
 
 log = logging.getLogger('tpmpi')
@@ -140,10 +140,11 @@ def open_files(s: session.Session, options: argparse.Namespace):
     from tpmpi.batch_input import InputFile
     from tpmpi.results import Results
     with contextlib.ExitStack() as unless_opened:
-        lines = unless_opened.enter_context(InputFile(Path(options.input)))
+        lines = unless_opened.enter_context(InputFile(Path(options.input), s.comm.while_waiting))
         facts = facts_of(options, api.bundled_model() if options.model is None else Path(options.model), lines)
         results = Results(Path(options.output), facts, same=lambda former, _: lines.changed(former),
-                          stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout)
+                          stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout,
+                          meanwhile=s.comm.while_waiting)
         unless_opened.callback(results.close, complete=False)
         for name, path in (('report', options.report), ('arrays', options.arrays)):  # said before the work, not after it
             if path is not None and not Path(path).parent.is_dir():
@@ -209,6 +210,9 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     """Open, load, run, report; returns the exit code, on every rank alike."""
     s.stop_on_signals()
     start, began = perf_counter(), time.time()
+    s.watch.where, s.comm.while_waiting = lambda: (0, s.comm.entered), lambda: s.watch.step(0)
+    if s.comm.rank == 0:
+        s.watch.expect_steps(max(options.stall_timeout, LOAD_SECONDS))
     defaults = s.agreed(defaults_of, options)
     files = s.agreed(open_files, s, options)
     try:
@@ -224,9 +228,7 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
     from tpmpi.dispatch import Queue
     from tpmpi.progress import Energy
     queue = engine = energy = None
-    s.watch.where, s.comm.while_waiting = lambda: (0, s.comm.entered), lambda: s.watch.step(0)
     if s.comm.rank == 0:
-        s.watch.expect_steps(max(options.stall_timeout, LOAD_SECONDS))
         limit = float('inf') if options.time_limit is None else start + options.time_limit
         queue = Queue(*files, options.replicas, lambda: s.watch.stop_requested or perf_counter() > limit)
         log.info('%s: %d requests, %d done before; %d replica%s on %d rank%s', options.input, queue.total, queue.before,
@@ -242,8 +244,9 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
             log.info('%d blocks of %d positions in the cache of each replica', blocks, engine.run.block)
         loaded = perf_counter()
         compute(s, options, defaults, engine, group, number, queue, energy)
+    s.watch.where = lambda: (0, s.comm.entered)
     if queue is not None:
-        s.watch.expect_steps(float('inf'))  # nobody takes steps from here on
+        s.watch.expect_steps(max(options.stall_timeout, LOAD_SECONDS))
     figures = s.comm.exchange(rank_figures(s, engine, energy))
 
     def conclude() -> bool:
@@ -252,7 +255,10 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
         complete = close_files(options, queue, *files)
         report(s, options, queue, figures, complete, loaded - start, perf_counter() - loaded, began)
         return complete
-    return 0 if s.comm.share(s.agreed(conclude)) else STOPPED
+    complete = s.comm.share(s.agreed(conclude))
+    if queue is not None:
+        s.watch.expect_steps(float('inf'))  # nobody takes steps from here on
+    return 0 if complete else STOPPED
 
 
 def compute(s: session.Session, options: argparse.Namespace, defaults, engine, group, number: int, queue, energy) -> None:

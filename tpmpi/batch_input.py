@@ -10,7 +10,7 @@ import os
 import stat
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -31,11 +31,11 @@ class InputFile:
     """A JSONL file of requests, indexed in one pass.  Lines are numbered from 1; empty ones have numbers too.
 
     Lines that others append while it is open do no harm and are not seen.  Raises InputError when the file cannot be
-    read, is no regular file, or changes otherwise.
+    read, is no regular file, or changes otherwise.  meanwhile: called for each megabyte that is read whole.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._file = Path(path), None
+    def __init__(self, path: Path, meanwhile: Callable[[], object] = lambda: None):
+        self.path, self._file, self._meanwhile = Path(path), None, meanwhile
         self._starts = array('Q')  # of each line, and one more: the end of the last one
         self._digests = array('Q')  # of each line's id
         self._flags = bytearray()
@@ -196,6 +196,7 @@ class InputFile:
             data = self._read(start, min(PIECE, size - start))
             if len(data) < min(PIECE, size - start):
                 raise InputError(f'{self.path} ended at byte {start + len(data)} of {size}: it was cut while it was read')
+            self._meanwhile()
             yield data
 
     def _hash(self, size: int) -> str:

@@ -68,11 +68,12 @@ class Lease:
     """The right to write, held by a file at `path` that names this process and moves with each `beat`.
 
     stale_seconds: a lease that does not move for so long, by the waiting process's own clock, is taken over.
+    meanwhile: called again and again while `acquire` waits.
     """
 
-    def __init__(self, path: str | os.PathLike, stale_seconds: float = 20.0):
+    def __init__(self, path: str | os.PathLike, stale_seconds: float = 20.0, meanwhile: Callable[[], object] = lambda: None):
         self.path = Path(path)
-        self.stale_seconds = stale_seconds
+        self.stale_seconds, self._meanwhile = stale_seconds, meanwhile
         self.may_live = False  # taken over from a process that was not seen dead, and may wake up
         self._holder = _this_process()
         self._counter = 0
@@ -85,6 +86,7 @@ class Lease:
         """
         judged, since = None, 0.0
         while not self._create():
+            self._meanwhile()
             raw, now = _read(self.path), time.monotonic()
             former = _parse(raw)
             dead = former is not None and former.gone()

@@ -44,6 +44,7 @@ class Results:
     stale_seconds: how long another process's lease must stand still before it is taken over.
     sync_seconds: how long the thread gathers before it writes.
     hung_seconds: how long a write may take before `check` says that the disk does not answer.
+    meanwhile: called again and again where the constructor, `existing`, `flush` or `close` may take long.
 
     unfinished: line number -> the tokens that the journal had at the opening, but for lines finished or forgotten since.
 
@@ -52,12 +53,13 @@ class Results:
     """
 
     def __init__(self, output: str | os.PathLike, facts: dict, *, same: Callable[[Any, Any], str | None] | None = None,
-                 stale_seconds: float = 20.0, sync_seconds: float = 0.5, hung_seconds: float = 300.0):
+                 stale_seconds: float = 20.0, sync_seconds: float = 0.5, hung_seconds: float = 300.0,
+                 meanwhile: Callable[[], object] = lambda: None):
         output = os.path.realpath(output) if os.path.islink(output) else output  # its lease must be one for all links
         self.output = Path(output)
         self.unfinished: dict[int, list[int]] = {}
         self._header = json.dumps({'tpmpi_journal': VERSION, 'facts': facts}).encode() + b'\n'
-        self._lease = Lease(f'{output}.lease', stale_seconds)
+        self._lease, self._meanwhile = Lease(f'{output}.lease', stale_seconds, meanwhile), meanwhile
         self._results, self._journal = Lines(self.output), Lines(Path(f'{output}.journal'))
         self._sync_seconds, self._hung_seconds = sync_seconds, hung_seconds
 
@@ -87,6 +89,7 @@ class Results:
     def existing(self) -> Iterator[dict]:
         """The records that the output has now, in order.  Raises ResultsError for a line that is no JSON object."""
         for number, line in enumerate(self._results.read(), 1):
+            self._meanwhile()
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -140,7 +143,8 @@ class Results:
             self._changed.notify_all()
             while self._served < ticket:
                 self.check()
-                self._changed.wait(self._hung_seconds / 20)
+                self._meanwhile()
+                self._changed.wait(min(1.0, self._hung_seconds / 20))
 
     def close(self, complete: bool) -> None:
         """Flushes and gives the lease back.  Raises as `check` does; a second call does nothing.
@@ -155,7 +159,7 @@ class Results:
             self.flush()
             self._end_thread()
             if complete:
-                self._journal.replace([self._header], self._lease.beat)
+                self._journal.replace([self._header], self._beat)
         except OSError as error:
             raise ResultsError(self._refusal(error)) from error
         finally:
@@ -179,12 +183,17 @@ class Results:
         if former is not None and not (empty and not self._tokens):
             self._compare(former, json.loads(self._header)['facts'], same)
         if self._lease.may_live:  # the former process may wake up within a write: it shall not find this file
-            self._results.replace(self._results.blocks(), self._lease.beat)
+            self._results.replace(self._results.blocks(), self._beat)
         else:
             self._results.cut()
-        self._journal.replace([self._header + self._entries(self._tokens)], self._lease.beat)
+        self._journal.replace([self._header + self._entries(self._tokens)], self._beat)
         self._saved = {line: len(tokens) for line, tokens in self._tokens.items()}
         self.unfinished = {line: tokens.tolist() for line, tokens in self._tokens.items()}
+
+    def _beat(self) -> None:
+        """Of the lease, in the caller's thread."""
+        self._meanwhile()
+        self._lease.beat()
 
     def _load(self) -> dict | None:
         """Reads the journal into `_tokens`, as far as it fits together, and returns its facts; None without one."""
@@ -205,6 +214,7 @@ class Results:
             raise ResultsError(f'{self._journal.path} is not a journal of this version of tpmpi.batch; move it and '
                                f'{self.output} away, or choose another --output')
         for entry in lines:
+            self._meanwhile()
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 entry = json.loads(entry)
                 line, start, tokens = entry['line'], entry['from'], array('q', entry['tokens'])

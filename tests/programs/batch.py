@@ -1,6 +1,7 @@
 """tpmpi.batch, whose ranks each write their process id to the folder TPMPI_TEST_PIDS, in a file of their number.
 
 On rank TPMPI_TEST_HANGS the file system hangs in the middle of the model; loading may then take TPMPI_TEST_LOAD_SECONDS.
+TPMPI_TEST_HANGS_IN names a function of tpmpi.batch in which rank 0's file system hangs.
 Rank TPMPI_TEST_STOPS stops once the model is loaded, before it meets the others to begin.
 """
 
@@ -29,6 +30,8 @@ if os.environ.get('TPMPI_TEST_HANGS') == str(rank):
         return read_rows(*arguments)
 
     checkpoint.CheckpointReader.read_rows = hang
+if rank == 0 and 'TPMPI_TEST_HANGS_IN' in os.environ:
+    setattr(batch, os.environ['TPMPI_TEST_HANGS_IN'], lambda *_: time.sleep(3600))
 if os.environ.get('TPMPI_TEST_STOPS') == str(rank):
     compute = batch.compute
 
