@@ -188,6 +188,52 @@ def test_all_ranks_stop_when_rank_0_is_told_to(models):
         assert len(request.tokens) == 4 and request.finish_reason == 'cancelled'
 
 
+@pytest.mark.parametrize('ranks', [1, 3])
+@pytest.mark.parametrize('pieces', [1, 4, 6])
+def test_a_stream_that_is_left_early_leaves_the_engine_as_it_was(models, ranks, pieces):
+    """Rank 0 breaks out of its loop; those of the others have nothing to break out of.  The next one needs a larger cache."""
+    path = models['nine_heads'][0]
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True), SamplingParams(max_new_tokens=90, ignore_eos=True)
+
+    def work(comm):
+        engine, seen = engine_on(comm, path, RunConfig(block=16)), 0
+        for _ in engine.stream(engine.request(PROMPT, params[0])):
+            seen += 1
+            if seen == pieces:
+                break
+        return [engine.generate(engine.request(PROMPT[3:], p)).tokens for p in params]
+
+    alone = [generate(path, PROMPT[3:], p)[0].tokens for p in params]
+    assert on_threads(ranks, work) == [alone] * ranks
+
+
+def test_a_second_stream_is_refused_while_one_is_open(models):
+    def work(comm):
+        engine = engine_on(comm, models['nine_heads'][0], RunConfig())
+        first = engine.stream(engine.request(PROMPT, SamplingParams(max_new_tokens=9)))
+        next(first)
+        with pytest.raises(ConfigError, match='another stream is open'):
+            engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=2)))
+        first.close()
+        return engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=2))).finish_reason
+
+    assert on_threads(1, work) == ['length']
+
+
+def test_after_an_error_within_a_step_requests_are_computed_anew(models):
+    path, params = models['nine_heads'][0], SamplingParams(max_new_tokens=4)
+
+    def work(comm):
+        engine = engine_on(comm, path, RunConfig())
+        choose, engine.sampler.choose = engine.sampler.choose, lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            engine.generate(engine.request(PROMPT, params))
+        engine.sampler.choose = choose
+        return engine.generate(engine.request(PROMPT[2:], params)).tokens
+
+    assert on_threads(1, work) == [generate(path, PROMPT[2:], params)[0].tokens]
+
+
 def run_many(path, requests, ranks, num_blocks, most, run, arrivals=None):
     """Requests (prompt, params) that come in over time, all in one engine; rank 0's finished ones, and its scheduler."""
     def work(comm):
@@ -329,3 +375,19 @@ def test_stop_texts_cut_exactly_and_nothing_of_them_is_shown_early(text, stops, 
     else:
         assert stop_text.found and not any(s in shown for s in stops)
         assert min(found) <= len(shown) <= min(ends)
+
+
+def test_the_length_of_a_stop_text_costs_nothing():
+    """Of a text of a million characters no more is looked at than what is held back."""
+    stop_text = StopText(['x' * 1_000_000, 'y' * 999_999 + 'z'])
+    looked = 0
+
+    class Counted(str):
+        def startswith(self, *arguments):
+            nonlocal looked
+            looked += 1
+            return str.startswith(self, *arguments)
+
+    stop_text.stops = tuple(map(Counted, stop_text.stops))
+    assert [stop_text.push(piece) for piece in ('a', 'bx', 'x', 'c', 'y')] == ['a', 'b', '', 'xxc', '']
+    assert looked < 20 and stop_text.flush() == 'y'

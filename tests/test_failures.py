@@ -92,3 +92,15 @@ def test_a_closed_pipe_is_a_quiet_end(nine_heads, tmp_path):
     while (left := running(tmp_path)) and time.monotonic() - start < LIMIT:
         time.sleep(0.05)
     assert not left and 'Traceback' not in stderr and 'Error' not in stderr
+
+
+@pytest.mark.parametrize('how', ['return', 'exit'])
+@pytest.mark.parametrize(('rank', 'size'), [(1, 2), (0, 2), (2, 3)])
+def test_a_rank_of_a_script_that_ends_while_the_others_wait_for_it(rank, size, how):
+    """Nothing is wrong with it: what gives it away is that the others have come to more meetings."""
+    start = time.monotonic()
+    done = run_ranks(size, PROGRAMS / 'leave.py', rank, how, timeout=60)
+    assert time.monotonic() - start < LIMIT + 10 and done.returncode != 0
+    messages = [line for line in done.stderr.splitlines() if line.startswith('tpmpi: ')]
+    assert len(messages) == 1, done.stderr
+    assert messages[0].startswith(f'tpmpi: rank {rank} on {socket.gethostname()} has ended, and rank '), messages

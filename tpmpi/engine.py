@@ -51,9 +51,14 @@ class StopText:
             self.found = True
             shown, self.held = self.held[:min(starts)], ''
             return shown
-        keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        keep = max((self._begun(s) for s in self.stops), default=0)
         shown, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
         return shown
+
+    def _begun(self, stop: str) -> int:
+        """Characters of a stop text with which what is held ends: no more than are held, however long that is."""
+        most = min(len(stop) - 1, len(self.held))
+        return next((n for n in range(most, 0, -1) if stop.startswith(self.held[-n:])), 0)
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
@@ -126,7 +131,7 @@ class Engine:
         self.scheduler: Scheduler | None = None  # on rank 0
         self.running: dict[int, Running] = {}
         self.requests: dict[int, tuple[Request, Sequence]] = {}  # on rank 0: those that wait or run
-        self.steps, self.resting, self.rolling_noted = 0, False, False
+        self.steps, self.resting, self.rolling_noted, self.streaming = 0, False, False, False
         self.seconds = dict.fromkeys(('prefill', 'decode', 'sampling', 'scheduling', 'waiting'), 0.0)  # sampling: part of steps
 
     def allocate(self, num_blocks: int, max_sequences: int) -> None:
@@ -335,9 +340,27 @@ class Engine:
     def stream(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Run a request, yielding text as it is made, whole characters only, on rank 0; on the others nothing.
 
-        `cancelled` is asked on rank 0 with each token; when it says yes, all ranks stop.  Every rank must consume its
-        stream to the end: they meet in every step.
+        `cancelled` is asked on rank 0 with each token; when it says yes, all ranks stop, as they do when rank 0 leaves its
+        stream.  The others must consume theirs to the end: they meet in every step.  Raises ConfigError while another is open.
         """
+        if self.streaming:
+            raise ConfigError('another stream is open: read it to its end, or close it, before the next request')
+        self.streaming = True
+        try:
+            yield from self._stream(request, cancelled)
+        except GeneratorExit:  # there was a token: the request ends with the next one, if it has not
+            request.cancelled = lambda: True
+            while not self.step().ended:
+                pass
+        except BaseException:  # nobody knows what was computed
+            self.running.clear()
+            self.requests.clear()
+            self.cache, self.resting = None, False
+            raise
+        finally:
+            self.streaming = False
+
+    def _stream(self, request: Request, cancelled: Callable[[], bool]) -> Iterator[str]:
         self._make_room(request)
         request.cancelled, timing, start, shown = cancelled, request.timing, perf_counter(), 0
         timing.prefill_tokens = len(request.prompt_tokens)
