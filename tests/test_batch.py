@@ -7,14 +7,18 @@ import re
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tiny
 from batches import STOPPED, Job, batch, records, report, write_lines
 from ranks import is_open_mpi
 
+from tpmpi.batch import parse, seconds
 from tpmpi.checkpoint import CheckpointWriter, TokenizerData
+from tpmpi.file_layout import fingerprint
 from tpmpi.tokenizer import Tokenizer
 from tpmpi.weights import encode
 
@@ -192,6 +196,8 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
     ({'--output': 'nowhere/out.jsonl'}, 'there is no folder nowhere'), ({'--output': '.'}, r'no regular file; choose another'),
     ({'--model': 'nowhere.h5'}, r'^tpmpi: nowhere\.h5: No such file'), ({'--replicas': 3}, '--replicas is 3 with 2 ranks'),
     ({'--report': 'nowhere/r.json'}, '--report is nowhere/r.json, and there is no folder nowhere'),
+    ({'--report': '.'}, '--report is ., which is no regular'), ({'--arrays': '/'}, '--arrays is /, which is no regular file'),
+    ({'--model': '/dev/zero'}, '/dev/zero is no regular file; expected a model file'),
     ({'--kv-memory': '1K'}, 'one block of 64 positions takes'), ({'--top-p': 2}, 'top_p is 2.0'),
 ])
 def test_what_cannot_work_is_one_line(nine_heads, tmp_path, changes, message):
@@ -202,6 +208,47 @@ def test_what_cannot_work_is_one_line(nine_heads, tmp_path, changes, message):
     assert len(errors) == 1 and re.search(message, errors[0]), said
     assert not (tmp_path / 'out.jsonl').exists() or (tmp_path / 'out.jsonl').read_bytes() == b''
     assert not (tmp_path / 'out.jsonl.lease').exists()
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('90', 90), ('1:30', 90), ('2:00:05', 7205), ('1-12', 36 * 3600), ('1-12:30', 36.5 * 3600), ('1-0:0:5', 86405), ('0.5', 0.5),
+    *((text, None) for text in ('', '-5', '1-', '-', '1:2:3:4', '1-2:3:4:5', 'x', 'nan', '0', '1--2')),
+])
+def test_durations_as_slurm_writes_them(text, expected):
+    if expected is None:
+        with pytest.raises(ValueError):
+            seconds(text)
+    else:
+        assert seconds(text) == expected
+
+
+@pytest.mark.parametrize('options', [
+    ('--arrays', 'm.h5'), ('--report', 'm.h5'), ('--output', 'm.h5'), ('--report', 'out.journal'), ('--arrays', 'out.lease'),
+    ('--report', 'in'), ('--arrays', './out'), ('--input', 'out.tpmpi-new'),
+])
+def test_no_file_is_written_over_another_one(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(['--model', 'm.h5', '--input', 'in', '--output', 'out', *options])
+    assert caught.value.code == 2 and 'must be different files' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('checksums', [True, False])
+def test_two_models_of_one_shape_have_two_fingerprints(nine_heads, tmp_path, checksums):
+    """In the middle of the file, far from what both have in common."""
+    found = set()
+    for change in (0, 0, 1):
+        path = tmp_path / 'model.h5'
+        path.write_bytes(Path(nine_heads).read_bytes())
+        with h5py.File(path, 'r+') as file:
+            dataset = file['layers/1/up']
+            sums = dataset.attrs['crc32']
+            if checksums:
+                dataset.attrs['crc32'] = sums + np.uint32(change)
+            else:
+                del dataset.attrs['crc32']
+                dataset[0] = dataset[0] + np.float32(change)
+        found.add(fingerprint(path))
+    assert len(found) == 2
 
 
 # ---- replicas and sizes

@@ -67,7 +67,7 @@ messages = st.lists(st.fixed_dictionaries({'role': texts, 'content': texts}, opt
 prompts = st.one_of(texts, st.lists(st.integers(0, 1 << 40), min_size=1, max_size=5))
 fractions = st.floats(0, 1)
 shared = {
-    'temperature': st.one_of(st.floats(0, 1e9), st.integers(0, 9)), 'top_k': st.integers(0, 1 << 31),
+    'temperature': st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(0, 9)), 'top_k': st.integers(0, 1 << 31),
     'top_p': st.floats(0, 1, exclude_min=True), 'min_p': fractions, 'repetition_penalty': st.floats(0.1, 9),
     'seed': st.integers(0, (1 << 64) - 1), 'stop': st.one_of(texts.filter(len), st.lists(texts.filter(len), max_size=3)),
     'ignore_eos': st.booleans(), 'prompt_logprobs': st.booleans(),

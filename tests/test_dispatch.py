@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tpmpi.dispatch import AHEAD, START, Replica
+from tpmpi import dispatch
+from tpmpi.dispatch import AHEAD, START, Answer, Line, Replica
 
 
 def replica_with(running: int, waiting: int, most: int = 16) -> Replica:
@@ -34,3 +35,18 @@ def test_a_replica_speaks_up_as_soon_as_nothing_waits():
         replica.reported = float('inf')  # it is not time for a report
         report = replica.report()
         assert report.room == AHEAD if waiting == 0 else report is None
+
+
+def test_lines_that_take_long_to_begin_do_not_keep_the_ranks_waiting(monkeypatch):
+    """One at least, and no more when the time is over: a step, or a sign of life, comes between."""
+    begun, replica = [], replica_with(0, 0)
+    monkeypatch.setattr(replica, '_begin', lambda line: begun.append(line.number))
+    for seconds, expected in ((-1, [1]), (-1, [1, 2]), (60, [1, 2, 3, 4])):
+        monkeypatch.setattr(dispatch, 'BEGIN_SECONDS', seconds)
+        if not begun:
+            replica.take(Answer([Line(number, b'{}', [], None) for number in (1, 2, 3, 4)], empty=True))
+        replica.begin()
+        assert begun == expected and replica.held == 4 - len(begun) and replica.over == (len(begun) == 4)
+    replica.take(Answer([Line(5, b'{}', [], None)], stop=True))
+    replica.begin()
+    assert begun == [1, 2, 3, 4] and replica.over  # the queue's next run has it

@@ -14,7 +14,8 @@ import tpmpi
 PACKAGE = Path(tpmpi.__file__).parent
 FLOORS = {
     'config': 0, 'weights': 0, 'sharding': 0,
-    'launch': 1, 'watchman': 0, 'watch': 1, 'comm': 1, 'device': 1, 'collectives': 1, 'shared_sums': 1, 'kernels': 1, 'checkpoint': 1,
+    'watchman': 0, 'launch': 1, 'watch': 1, 'comm': 1, 'device': 1, 'collectives': 1, 'shared_sums': 1, 'kernels': 1,
+    'checkpoint': 1,
     'formats': 1, 'tokenizer': 1, 'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
     'kv_cache': 2, 'model_shard': 2, 'model': 2, 'graphs': 2, 'footprint': 2, 'candidates': 2, 'random_model': 2,
     'sampling': 3, 'block_pool': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3,

@@ -89,6 +89,10 @@ class _Ragged:
         self.starts = _Column(file, f'{name}_start', np.int64, f'[rows + 1] where each row of {name} begins')
         self.starts.add([0])
 
+    def skip(self, rows: int) -> None:
+        """Rows without numbers."""
+        self.starts.add([self.values.count] * rows)
+
     def add(self, values) -> None:
         """One row more."""
         if len(values):
@@ -127,16 +131,20 @@ def _fill(file: h5py.File, rows: Iterable[Numbers]) -> int:
     tokens = _Ragged(file, 'tokens', np.int32, 'generated token ids')
     columns: dict[str, _Column | _Ragged] = {}
 
-    def column(name: str, make, dtype, about: str):
+    def column(name: str, make, dtype, about: str, before: int = 0):
+        """before: rows so far that need none of it."""
         if name not in columns:
-            if count:
+            if count > before:
                 raise ArraysError(f'{name}: only some requests ask for it; one file needs it of all')
             columns[name] = make(file, name, dtype, about)
+            if before:
+                columns[name].skip(before)
         return columns[name]
 
     count = 0
     for row in rows:
-        ids.add([str(row.id)])
+        ids.add([str(row.id).replace('\0', '\\u0000')])  # which HDF5's texts cannot hold
+        before = 0 if tokens.values.count else count
         tokens.add(row.tokens)
         given = set()
         if row.prompt_logprobs is not None:
@@ -147,9 +155,14 @@ def _fill(file: h5py.File, rows: Iterable[Numbers]) -> int:
             top = [t['top'] for t in row.logprobs]
             given.add('logprobs')
             if top and top[0]:
-                column('top_tokens', _Ragged, np.int32, 'best tokens of each step').add([[e[0] for e in t] for t in top])
-                column('top_logprobs', _Ragged, np.float32, 'their log-probabilities').add([[e[-1] for e in t] for t in top])
+                column('top_tokens', _Ragged, np.int32, 'best tokens of each step', before).add([[e[0] for e in t] for t in top])
+                column('top_logprobs', _Ragged, np.float32, 'their log-probabilities', before).add(
+                    [[e[-1] for e in t] for t in top])
                 given |= {'top_tokens', 'top_logprobs'}
+            elif not top:  # no tokens, so nobody knows whether they were asked for
+                for name in {'top_tokens', 'top_logprobs'} & set(columns):
+                    columns[name].skip(1)
+                    given.add(name)
         if row.embedding is not None:
             column('embedding', _Column, np.float32, "hidden state of the prompt's last token").add([row.embedding])
             given.add('embedding')

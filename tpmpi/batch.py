@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
 
@@ -24,17 +23,17 @@ STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
 STALL_SECONDS = 300.0
 LOAD_SECONDS = 60.0  # without a sign of life, at least, while files are opened or closed or the model loaded: disks may be slow
-MODEL_SAMPLE = 1 << 20  # bytes at either end of a model file that tell it from another one
 
 log = logging.getLogger('tpmpi')
 
 
 def seconds(text: str) -> float:
-    """A duration: seconds, minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds, as Slurm writes it."""
-    days, _, clock = text.rpartition('-')
+    """A duration as Slurm writes it: seconds, M:S, H:M:S, days-hours, D-H:M or D-H:M:S, but that one number is seconds."""
+    days, dash, clock = text.rpartition('-')
     parts = clock.split(':')
-    if len(parts) > 3 or (days and not days.isdigit()):
+    if len(parts) > 3 or (dash and not days.isdecimal()):
         raise ValueError(text)
+    parts += ['0'] * (3 - len(parts)) if dash else []  # behind days come hours, whatever follows
     total = 0.0
     for part in parts:
         total = 60 * total + float(part)
@@ -95,9 +94,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if value is not None and value < 1:
             p.error(f'--{name.replace("_", "-")} is {value}; expected at least 1')
     options.report = options.report or options.output + '.report.json'
-    files = [f for f in (options.input, options.output, options.report, options.arrays) if f is not None]
-    if len(set(map(os.path.realpath, files))) < len(files):
-        p.error('--input, --output, --report and --arrays must be different files')
+    beside = [options.output + suffix for suffix in ('.journal', '.lease', '.journal.tpmpi-new', '.tpmpi-new')]
+    files = [options.model, options.input, options.output, options.report, options.arrays, *beside]
+    files = [os.path.realpath(f) for f in files if f is not None]
+    if len(set(files)) < len(files):
+        p.error('--model, --input, --output with its journal and lease, --report and --arrays must be different files')
     return options
 
 
@@ -116,17 +117,17 @@ def defaults_of(options: argparse.Namespace):
 
 def facts_of(options: argparse.Namespace, model: Path, lines) -> dict:
     """What decides the text of the results: an output is only continued with the same."""
+    from tpmpi.file_layout import fingerprint, reason
     try:
-        with open(model, 'rb') as f:
-            size = os.fstat(f.fileno()).st_size
-            digest = blake2b(f.read(MODEL_SAMPLE), digest_size=16)
-            f.seek(max(0, size - MODEL_SAMPLE))
-            digest.update(f.read())
-    except OSError as e:
-        raise ConfigError(f'{model}: {e.strerror}') from None
+        size = model.stat().st_size
+        if not model.is_file():  # opening a pipe would wait for its writer
+            raise ConfigError(f'{model} is no regular file; expected a model file made by tpmpi.convert')
+        digest = fingerprint(model)
+    except (OSError, TypeError, RuntimeError, KeyError) as e:  # what HDF5 raises over a damaged file
+        raise ConfigError(f'{model}: {reason(e)}') from None
     names = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'seed', 'stop', 'ignore_eos', 'logprobs',
              'prompt_logprobs', 'embeddings', 'context', 'sinks', 'kv', 'weights', 'activations')
-    return {'input': lines.facts, 'model': {'bytes': size, 'blake2b': digest.hexdigest()},
+    return {'input': lines.facts, 'model': {'bytes': size, 'blake2b': digest},
             'options': {name: getattr(options, name) for name in names}}
 
 
@@ -149,6 +150,8 @@ def open_files(s: session.Session, options: argparse.Namespace):
         for name, path in (('report', options.report), ('arrays', options.arrays)):  # said before the work, not after it
             if path is not None and not Path(path).parent.is_dir():
                 raise ConfigError(f'--{name} is {path}, and there is no folder {Path(path).parent}; make it, or choose another')
+            if path is not None and Path(path).exists() and not Path(path).is_file():
+                raise ConfigError(f'--{name} is {path}, which is no regular file; choose another')
         for record in results.existing():
             kind, key = record_key(record)
             line = key if kind == 'line' else lines.find(key)

@@ -117,10 +117,15 @@ def parse_line(data: bytes, line: int, defaults: Defaults) -> BatchRequest:
 
 def line_id(data: bytes) -> str | int | None:
     """The id alone; None when the line is malformed or has no id that can be used.  Never raises."""
+    return line_identity(data)[1]
+
+
+def line_identity(data: bytes) -> tuple[str, str | int | None]:
+    """(style of a line, its id or None), as `line_id`."""
     try:
-        return _identity(_decode(data))[1]
+        return _identity(_decode(data))
     except LineError:
-        return None
+        return 'plain', None
 
 
 def _identity(record: dict) -> tuple[str, str | int | None]:

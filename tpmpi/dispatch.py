@@ -8,6 +8,7 @@ lines of the input.  It alone writes.  Lines are parsed and tokenized where they
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from tpmpi.batch_format import (
     Outcome,
     encode_record,
     error_record,
-    line_id,
+    line_identity,
     parse_line,
     result_record,
 )
@@ -28,6 +29,7 @@ from tpmpi.engine import Engine, Request
 DEFAULT_NEW_TOKENS, COMPLETION_TOKENS = 128, 16  # of a line that does not say; the latter is OpenAI's for completions
 REPORT_SECONDS = 0.3  # between two reports with nothing but tokens for the journal
 IDLE_SECONDS = 2e-3
+BEGIN_SECONDS = 0.5  # of parsing and tokenizing between two steps: the other ranks of a replica wait meanwhile
 TEXT_SAMPLE = 16  # characters for each token of the model's length: what is looked at of a text that is longer
 AHEAD = 4  # requests that a replica takes before it has room, so that none of its steps is empty
 START = 16  # that one takes which runs none: an answer comes after a step of rank 0, and its first steps should be full
@@ -144,6 +146,7 @@ class Replica:
         self.engine, self.defaults, self.model, self.max_sequences = engine, defaults, model, max_sequences
         self.requests: dict[int, tuple[BatchRequest, Request]] = {}  # by line
         self.told: dict[int, int] = {}  # tokens of each that the queue knows
+        self.given: deque[Line] = deque()  # lines that have not begun yet
         self.unsent = Report()
         self.empty = self.stopped = False
         self.reported = 0.0
@@ -157,7 +160,12 @@ class Replica:
     @property
     def over(self) -> bool:
         """Nothing is left to do, or to tell before it leaves."""
-        return self.stopped or (self.empty and not self.busy and not self.unsent.finished)
+        return self.stopped or (self.empty and not self.held and not self.unsent.finished)
+
+    @property
+    def held(self) -> int:
+        """Requests that it has."""
+        return len(self.given) + len(self.requests)
 
     def idle(self) -> None:
         """Wait a little for mail."""
@@ -165,15 +173,22 @@ class Replica:
         self.engine.seconds['waiting'] += IDLE_SECONDS
 
     def take(self, answer: Answer) -> None:
-        """Begin what the queue has given."""
+        """Take what the queue has given; `begin` begins it."""
         self.empty, self.stopped = self.empty or answer.empty, self.stopped or answer.stop
-        for line in answer.lines:
-            self._begin(line)
+        self.given.extend(answer.lines)
+
+    def begin(self) -> None:
+        """Begin the next lines, at least one if there are any."""
+        until = time.monotonic() + BEGIN_SECONDS
+        while self.given and not self.stopped:
+            self._begin(self.given.popleft())
+            if time.monotonic() > until:
+                break
 
     def _begin(self, line: Line) -> None:
         if line.repeats is not None:
-            style = 'openai' if b'"custom_id"' in line.data else 'plain'
-            self._fail(line.number, None, style, LineError(f'id {line_id(line.data)!r} is that of line {line.repeats} already'))
+            style, id = line_identity(line.data)
+            self._fail(line.number, None, style, LineError(f'id {id!r} is that of line {line.repeats} already'))
             return
         try:
             asked = parse_line(line.data, line.number, self.defaults)
@@ -182,7 +197,10 @@ class Replica:
             return
         try:
             request = self._request(asked, line.number)
-            self.engine.add(request, line.tokens)
+            try:
+                self.engine.add(request, line.tokens)
+            except ConfigError as e:
+                raise ConfigError(f'{e}; then remove this line from the output and start again') from None
         except ValueError as e:
             self._fail(line.number, asked.id, asked.style, e)
             return
@@ -194,8 +212,10 @@ class Replica:
     def _request(self, asked: BatchRequest, line: int) -> Request:
         from tpmpi.sampling import SamplingParams
         tokenizer, config = self.engine.tokenizer, self.engine.model.config
-        for text in [m['content'] for m in asked.messages or ()] + [asked.prompt] * isinstance(asked.prompt, str):
-            self._refuse_too_long(text)
+        if asked.messages is not None:
+            self._refuse_too_long('\n'.join(str(value) for message in asked.messages for value in message.values()))
+        elif isinstance(asked.prompt, str):
+            self._refuse_too_long(asked.prompt)
         if asked.messages is not None:
             tokens = tokenizer.apply_chat_template(asked.messages)
         else:
@@ -228,8 +248,7 @@ class Replica:
 
     def report(self, leaving: bool = False) -> Report | None:
         """What the queue should hear now, or None."""
-        now, held = time.monotonic(), len(self.requests)
-        running = len(self.engine.scheduler.running)
+        now, held, running = time.monotonic(), self.held, len(self.engine.scheduler.running)
         waiting = held - running  # here, where nobody else can take them: no more than run, or a few
         room = min(self.max_sequences + AHEAD - held, max(AHEAD, running or START) - waiting)
         room = 0 if self.empty or self.stopped else max(0, room)
@@ -286,7 +305,8 @@ def lead_all(queue: Queue, replica: Replica, mail, beat) -> None:
             mail.send(number, queue.answer(number, report))
         if 0 in queue.here:
             if (report := replica.report()) is not None or queue.stopping:
-                replica.take(queue.answer(0, report or Report(held=len(replica.requests))))
+                replica.take(queue.answer(0, report or Report(held=replica.held)))
+            replica.begin()
             if replica.over:
                 queue.answer(0, replica.report(leaving=True))
                 replica.engine.step(stop=True)
@@ -315,6 +335,8 @@ def lead_replica(replica: Replica, mail, beat) -> None:
                 waiting = True
             if leaving:
                 replica.engine.step(stop=True)
+        if not leaving:
+            replica.begin()
         if replica.busy and not leaving and not replica.stopped:
             replica.step()
         elif waiting:

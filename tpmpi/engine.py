@@ -137,6 +137,7 @@ class Engine:
     def allocate(self, num_blocks: int, max_sequences: int) -> None:
         """The cache, for all requests to come; a collective call, while none runs."""
         assert not self.running
+        self.resting = True  # the first request may come late, and be long to tokenize
         model, run = self.model, self.run
         self.cache = self.layers = None
         self.cache = KVCache(model.config, model.shard, model.groups, num_blocks, run.block, self.ops, run.kv_dtype,

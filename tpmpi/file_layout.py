@@ -6,9 +6,12 @@ beside a tensor of integers lie the scales (and offsets) of its groups, cut by t
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -31,6 +34,7 @@ the rows, of attn_out and down, 1, the columns, of all others).  A group has a s
 datasets beside, NAME.scale and NAME.offset; their 16-bit floating-point type is IEEE half.  The comments give the formulas."""
 ALL_GROUP_PARTS = GROUP_PARTS['int4']
 MAX_TEXT = 64 << 20  # bytes of tokenizer.json or chat template
+SAMPLE = 1 << 16  # bytes of a dataset without checksums that tell it from another
 
 
 class CheckpointError(ValueError):
@@ -145,6 +149,32 @@ def attributes(thing: h5py.HLObject, names: Iterable[str] | None = None) -> dict
         value = value.item() if value.ndim == 0 else value
         values[name] = value.decode() if isinstance(value, bytes) else value
     return values
+
+
+def fingerprint(path: Path) -> str:
+    """A digest that tells one model file from another, whatever it is called: of all datasets their checksums.
+
+    Of one without checksums its first numbers count.  Raises OSError for a file that is not HDF5.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with h5py.File(path, 'r', locking=False) as file:
+        def add(name: str, thing: h5py.HLObject):
+            of_thing = {} if isinstance(thing, h5py.Group) and name != 'config' else attributes(
+                thing, None if name == 'config' else ('crc32',))
+            if isinstance(thing, h5py.Dataset):
+                of_thing |= {'shape': thing.shape, 'type': thing.dtype.str}
+                if 'crc32' not in of_thing and thing.id.get_offset() is not None:
+                    os.lseek(descriptor, thing.id.get_offset(), os.SEEK_SET)
+                    of_thing['data'] = os.read(descriptor, min(SAMPLE, thing.id.get_storage_size()))
+            of_thing = {key: value.tobytes() if isinstance(value, np.ndarray) else value for key, value in of_thing.items()}
+            digest.update(repr((name, sorted(of_thing.items()))).encode())
+
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            file.visititems(add)
+        finally:
+            os.close(descriptor)
+    return digest.hexdigest()
 
 
 def reason(e: BaseException) -> str:
