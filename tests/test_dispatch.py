@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tpmpi import dispatch
-from tpmpi.dispatch import AHEAD, START, Answer, Line, Replica
+from tpmpi.dispatch import AHEAD, START, Answer, Line, Queue, Replica, Report
 
 
 def replica_with(running: int, waiting: int, most: int = 16) -> Replica:
@@ -50,3 +50,13 @@ def test_lines_that_take_long_to_begin_do_not_keep_the_ranks_waiting(monkeypatch
     replica.take(Answer([Line(5, b'{}', [], None)], stop=True))
     replica.begin()
     assert begun == [1, 2, 3, 4] and replica.over  # the queue's next run has it
+
+
+def test_long_lines_come_in_several_answers():
+    lines = SimpleNamespace(count=lambda: 9, remaining=9, pending=lambda: iter(range(1, 10)), read=lambda number: bytes(60 << 20),
+                            repeated=lambda number: None)
+    results = SimpleNamespace(unfinished={}, check=lambda: None)
+    queue, answers = Queue(lines, results, 1, lambda: False), [Answer()]
+    while not answers[-1].empty:
+        answers.append(queue.answer(0, Report(held=queue.held[0], room=9)))
+    assert [len(answer.lines) for answer in answers] == [0, 3, 3, 3]

@@ -140,12 +140,16 @@ def open_files(s: session.Session, options: argparse.Namespace):
     from tpmpi.batch_format import record_key
     from tpmpi.batch_input import InputFile
     from tpmpi.results import Results
+
+    def meanwhile():
+        s.comm.while_waiting()  # which `compute` changes
+
     with contextlib.ExitStack() as unless_opened:
-        lines = unless_opened.enter_context(InputFile(Path(options.input), s.comm.while_waiting))
+        lines = unless_opened.enter_context(InputFile(Path(options.input), meanwhile))
         facts = facts_of(options, api.bundled_model() if options.model is None else Path(options.model), lines)
         results = Results(Path(options.output), facts, same=lambda former, _: lines.changed(former),
                           stale_seconds=options.lease_timeout, hung_seconds=options.stall_timeout,
-                          meanwhile=s.comm.while_waiting)
+                          meanwhile=meanwhile)
         unless_opened.callback(results.close, complete=False)
         for name, path in (('report', options.report), ('arrays', options.arrays)):  # said before the work, not after it
             if path is not None and not Path(path).parent.is_dir():

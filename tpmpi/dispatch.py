@@ -32,6 +32,7 @@ IDLE_SECONDS = 2e-3
 BEGIN_SECONDS = 0.5  # of parsing and tokenizing between two steps: the other ranks of a replica wait meanwhile
 TEXT_SAMPLE = 16  # characters for each token of the model's length: what is looked at of a text that is longer
 AHEAD = 4  # requests that a replica takes before it has room, so that none of its steps is empty
+ANSWER_BYTES = 1 << 27  # of lines in one answer, but for the last: a message of MPI has 2 GiB at most
 START = 16  # that one takes which runs none: an answer comes after a step of rank 0, and its first steps should be full
 
 
@@ -120,7 +121,7 @@ class Queue:
         if not answer.stop:
             share = -(-(sum(self.held) + self.left) // len(self.held))
             for _ in range(min(report.room, max(0, share - report.held))):
-                if self.next_line is None:
+                if self.next_line is None or sum(len(line.data) for line in answer.lines) > ANSWER_BYTES:
                     break
                 try:
                     answer.lines.append(self._take())
