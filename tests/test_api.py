@@ -22,6 +22,19 @@ except ValueError as error:
 if llm.rank == 0:
     print(json.dumps([''.join(pieces), len(pieces), again.text, again.finish_reason, refused]))
 '''
+CALLS = '''
+import json, sys, numpy as np, tpmpi
+llm, found = tpmpi.load(sys.argv[1], threads=1), []
+for call in json.loads(sys.argv[2]):
+    try:
+        found.append(eval(call))
+    except ValueError as error:
+        found.append(str(error))
+if llm.rank == 0:
+    print(json.dumps(found))
+'''
+PROMPTS = 'expected text, integers that are token ids, or chat messages'
+X = tiny.byte_ids('x')[0]
 FAILING = '''
 import sys, tpmpi
 llm = tpmpi.load(sys.argv[1], threads=1)
@@ -48,6 +61,28 @@ def test_a_script_alone(reciter, tmp_path):
 def test_a_script_on_ranks(reciter, size):
     done = run_ranks(size, '-c', SCRIPT, reciter)
     assert json.loads(done.stdout)[:4] == ['é日🎉!', 4, 'é', 'length'], done.stderr
+
+
+@pytest.mark.parametrize('size', [1, 2])
+def test_arguments_mean_what_they_say_or_are_refused(reciter, size):
+    expected = {
+        **{f'llm.generate({prompt}).text': 'é日🎉!' for prompt in (
+            f'[{X}]', f'({X},)', f'np.array([{X}], np.uint8)', f'[np.int64({X})]', f'range({X}, {X + 1})')},
+        **{f'llm.generate({prompt})': f'the prompt is {prompt}; {PROMPTS}' for prompt in (
+            'None', "b'x'", '1.5', '[1.7, 2.2]', "['12', '3']", '[True]', "{'role': 'user'}", '{1, 2}', "[5, {'role': 'user'}]")},
+        'llm.generate(np.array([1.5]))': f'the prompt is array([1.5]); {PROMPTS}',
+        'llm.generate(np.array([[1, 2]]))': f'the prompt is array([[1, 2]]); {PROMPTS}',
+        'llm.generate([])': 'the prompt is empty; expected at least one token',
+        "llm.generate('x', stop='日🎉').text": 'é', "llm.generate('x', stop='🎉日', max_new_tokens=np.int8(2)).text": 'é',
+        "llm.generate('x', top_k=2.5)": 'top_k is 2.5; expected a number of tokens, 0 for all',
+        **{f'tpmpi.load({name}={value})': f'{name} is {value}; expected a whole number' for name in (
+            'context', 'chunk', 'block', 'sinks') for value in ("'5'", '5.5', 'True')},
+        **{f'tpmpi.load(threads={value})': f'threads is {value}; expected a whole number from 1 to 1024' for value in (
+            '-1', '0', "'2'", '1.5', 'True', '1025', '100000')},
+        'tpmpi.load(sys.argv[1], threads=np.int64(1), context=np.int32(9)).engine.run.context': 9}
+    done = run_ranks(size, '-c', CALLS, reciter, json.dumps(list(expected)))
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(expected, json.loads(done.stdout), strict=True)) == expected
 
 
 def test_a_script_that_fails_on_one_rank_ends_them_all(reciter):

@@ -66,8 +66,9 @@ ids = st.one_of(texts, st.integers(-10**30, 10**30))
 messages = st.lists(st.fixed_dictionaries({'role': texts, 'content': texts}, optional={'name': texts}), min_size=1, max_size=3)
 prompts = st.one_of(texts, st.lists(st.integers(0, 1 << 40), min_size=1, max_size=5))
 fractions = st.floats(0, 1)
+temperatures = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
 shared = {
-    'temperature': st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(0, 9)), 'top_k': st.integers(0, 1 << 31),
+    'temperature': st.one_of(temperatures, st.integers(0, 9)), 'top_k': st.integers(0, 1 << 31),
     'top_p': st.floats(0, 1, exclude_min=True), 'min_p': fractions, 'repetition_penalty': st.floats(0.1, 9),
     'seed': st.integers(0, (1 << 64) - 1), 'stop': st.one_of(texts.filter(len), st.lists(texts.filter(len), max_size=3)),
     'ignore_eos': st.booleans(), 'prompt_logprobs': st.booleans(),
@@ -76,7 +77,7 @@ some = st.fixed_dictionaries({}, optional=shared)
 counts = st.integers(0, 1000)
 sources = st.one_of(st.tuples(st.just('prompt'), prompts), st.tuples(st.just('messages'), messages))
 dumps = st.fixed_dictionaries({'ensure_ascii': st.booleans(), 'sort_keys': st.booleans()})
-default_sets = st.builds(Defaults, st.one_of(st.none(), counts), fractions, counts, st.floats(0.1, 1), fractions, counts,
+default_sets = st.builds(Defaults, st.one_of(st.none(), counts), temperatures, counts, st.floats(0.1, 1), fractions, counts,
                          st.just(('end',)), st.booleans(), counts, st.booleans(), st.booleans())
 
 

@@ -13,7 +13,7 @@ import cuda_device
 import numpy as np
 import pytest
 from ranks import environment, run_ranks
-from test_run import own_errors
+from test_run import STANDARD_OUTPUTS, own_errors, run_into
 
 from tpmpi import bench
 from tpmpi.config import ConfigError
@@ -107,7 +107,8 @@ def test_the_table_is_short_and_for_rank_0_alone():
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--prompt-tokens', 0], '--prompt-tokens is 0; expected at least 1'), (['--new-tokens', -1], '--new-tokens is -1'),
-    (['--batch', 0], '--batch is 0'), (['--repeat', 0], '--repeat is 0'), (['--threads', 0], '--threads is 0'),
+    (['--batch', 0], '--batch is 0'), (['--repeat', 0], '--repeat is 0'), (['--threads', 0], 'threads is 0; expected'),
+    (['--threads', 20000], 'threads is 20000; expected a whole number from 1 to 1024'),
     (['--chunk', 0], 'chunk is 0'), (['--weights', 'int3'], 'invalid choice'), (['--batch', 'many'], 'invalid int'),
     (['--prompt-tokens', 500, '--new-tokens', 13], 'are 513 positions; the model was trained for 512'),
     (['--new-tokens', 512], 'are 513 positions; the model was trained for 512'),
@@ -118,6 +119,13 @@ def test_bad_input_gets_one_line(arguments, message):
     errors = own_errors(done.stderr)
     assert done.returncode != 0 and done.stdout == ''
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
+
+
+@pytest.mark.parametrize('output', STANDARD_OUTPUTS)
+def test_a_standard_output_that_takes_nothing_is_one_line_at_most(output):
+    done = run_into(output, '-c', BRIEF, *OPTIONS, '--repeat', 1, '--json')
+    assert own_errors(done.stderr) == STANDARD_OUTPUTS[output]
+    assert done.returncode == bool(STANDARD_OUTPUTS[output])
 
 
 def test_without_a_length_the_prompt_is_what_fits():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -308,6 +309,24 @@ def test_a_bad_file_gets_one_line(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as e:
         load_all(path)
     assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('linked', [False, True])
+def test_a_pipe_is_refused_at_once(tmp_path, linked):
+    path = tmp_path / 'model.h5'
+    os.mkfifo(tmp_path / 'pipe' if linked else path)
+    if linked:
+        path.symlink_to('pipe')
+    code = 'import sys; from tpmpi.checkpoint import CheckpointReader; CheckpointReader(sys.argv[1])'
+    done = subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, timeout=20, env=environment())
+    assert done.stderr.splitlines()[-1].endswith(
+        f'{path}: is no regular file; give the path of a model file made by python -m tpmpi.convert')
+
+
+def test_a_linked_file_is_read(tmp_path):
+    tiny.write_model(tmp_path / 'real.h5', CONFIG)
+    (tmp_path / 'model.h5').symlink_to('real.h5')
+    load_all(tmp_path / 'model.h5')
 
 
 def test_the_numbers_of_a_group_may_be_any(tmp_path):

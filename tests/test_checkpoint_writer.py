@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 
 import h5py
 import numpy as np
@@ -13,7 +14,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpmpi.checkpoint_writer import CheckpointWriter
+from tpmpi.checkpoint import CheckpointReader
+from tpmpi.checkpoint_writer import CheckpointWriter, unfinished_tensors
 from tpmpi.file_layout import CheckpointError, TokenizerData
 from tpmpi.sharding import tensor_specs
 from tpmpi.weights import encode
@@ -134,6 +136,50 @@ def test_what_cannot_be_resumed_is_refused_and_kept(tmp_path):
     part.symlink_to(target)
     write_some(tmp_path / 'm.h5', 30, resume=True)
     assert target.read_text() == 'precious' and not part.is_symlink() and (tmp_path / 'm.h5').exists()
+
+
+def device(path):
+    """What /dev/null is, under another name."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip('making a device needs root')
+
+
+@pytest.mark.parametrize('linked', [False, True])
+@pytest.mark.parametrize(('make', 'what'), [
+    (device, 'is no regular file'), (os.mkfifo, 'is no regular file'), (os.mkdir, 'is a folder'),
+    (lambda path: os.symlink(path, path), 'is no regular file')], ids=['device', 'pipe', 'folder', 'circle'])
+def test_what_is_no_file_is_never_replaced(tmp_path, make, what, linked):
+    path = tmp_path / 'm.h5'
+    make(tmp_path / 'there' if linked else path)
+    if linked:
+        path.symlink_to('there')
+    before = {p.name: p.lstat() for p in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=f'm.h5: {what}; give the name of the file to write'):
+        start(path)
+    assert {p.name: p.lstat() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('exists', [False, True])
+def test_a_link_stays_and_its_target_is_written(tmp_path, interrupted, exists):
+    (tmp_path / 'far').mkdir()
+    if exists:
+        (tmp_path / 'far' / 'real.h5').write_text('old')
+    (tmp_path / 'm.h5').symlink_to('far/real.h5')
+    write_some(tmp_path / 'm.h5', 12)
+    assert unfinished_tensors(tmp_path / 'm.h5') == 12
+    assert len(write_some(tmp_path / 'm.h5', 30, resume=True).done) == 12
+    assert (tmp_path / 'm.h5').is_symlink() and (tmp_path / 'far' / 'real.h5').read_bytes() == interrupted[1]
+    assert [p.name for p in (tmp_path / 'far').iterdir()] == ['real.h5']
+
+
+def test_a_name_that_is_no_unicode_is_written_as_it_can_be(tmp_path):
+    with CheckpointWriter(tmp_path / 'm.h5', CONFIG, KINDS, TokenizerData(''), {'source': 'b\udcffd'}) as writer:
+        for name, spec in tensor_specs(CONFIG).items():
+            writer.write(name, encode(np.zeros(spec.shape), 'float32', spec.group_axis))
+    with CheckpointReader(tmp_path / 'm.h5') as reader:
+        assert reader.provenance() == {'source': 'b?d'}
 
 
 def test_one_writer_at_a_time(tmp_path):

@@ -47,7 +47,8 @@ def test_ffn_blocks_are_128_columns_or_64_where_there_would_be_few(ffn, block):
 
 @pytest.mark.parametrize(('options', 'message'), [
     ({'context': 0}, 'context is 0'), ({'chunk': 0}, 'chunk is 0'), ({'kv_dtype': 'int8'}, 'kv_dtype'),
-    ({'device': 'tpu'}, 'device')])
+    ({'device': 'tpu'}, 'device'),
+    ({'weights': 'int2'}, "weights is 'int2'; expected one of float32, bfloat16, float16, int8, int4")])
 def test_a_run_s_choices_are_checked(options, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig(**options)

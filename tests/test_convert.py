@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from ranks import environment
 from references import FOLDER
 
 from tpmpi.checkpoint import CheckpointReader
-from tpmpi.convert import convert
+from tpmpi.convert import convert, main
 from tpmpi.weights import decode
 
 pytest.importorskip('safetensors', reason='safetensors is not installed (the test extra has it)')
@@ -149,6 +150,105 @@ def test_what_cannot_be_converted_is_one_line(tmp_path, change, message):
 def test_where_nothing_can_be_written_is_one_line(tmp_path, out, message):
     done = run(SOURCE, tmp_path / out)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and message in done.stderr
+
+
+def hard_link(out, source):
+    os.link(source, out)
+
+
+def link_of_a_link(out, source):
+    (out.parent / 'between').symlink_to(source)
+    out.symlink_to('between')
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'config.json', 'tokenizer.json', 'chat_template.jinja'])
+@pytest.mark.parametrize('way', [None, Path.symlink_to, hard_link, link_of_a_link])
+def test_no_file_of_the_source_is_replaced(tmp_path, file, way):
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    out = tmp_path / 'source' / file if way is None else tmp_path / 'out.h5'
+    if way is not None:
+        way(out, tmp_path / 'source' / file)
+    done = run(tmp_path / 'source', out)
+    message = f'{out}: is {tmp_path / "source" / file}, which the model is read from; give the name of another file to write'
+    assert (done.returncode, done.stderr) == (1, f'tpmpi.convert: {message}\n')
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'source').iterdir()} == {
+        p.name: p.read_bytes() for p in SOURCE.iterdir()}
+
+
+def test_a_file_beside_the_source_s_is_replaced_and_a_link_stays(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    (tmp_path / 'out.h5').symlink_to('source/model.h5')
+    for _ in range(2):
+        assert run(tmp_path / 'source', tmp_path / 'out.h5').returncode == 0
+    assert (tmp_path / 'out.h5').is_symlink() and (tmp_path / 'source' / 'model.h5').read_bytes()[1:4] == b'HDF'
+
+
+def test_a_device_is_refused_before_anything_is_read(tmp_path):
+    try:
+        os.mknod(tmp_path / 'null', stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip('making a device needs root')
+    (tmp_path / 'link').symlink_to('null')
+    for name in ('null', 'link'):
+        done = run('no/source', tmp_path / name)
+        message = f'{tmp_path / name}: is no regular file; give the name of the file to write'
+        assert (done.returncode, done.stderr) == (1, f'tpmpi.convert: {message}\n')
+    assert stat.S_ISCHR((tmp_path / 'null').stat().st_mode) and (tmp_path / 'link').is_symlink()
+
+
+@pytest.mark.parametrize('changes', [{'version': 'x'}, {'decoder': 5}, {'post_processor': {'type': 'x'}}])
+def test_a_tokenizer_that_no_run_loads_is_one_line(tmp_path, changes):
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    tokenizer = json.loads((SOURCE / 'tokenizer.json').read_text())
+    (tmp_path / 'source' / 'tokenizer.json').write_text(json.dumps(tokenizer | changes))
+    done = run(tmp_path / 'source', tmp_path / 'model.h5')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f'{tmp_path / "source"}: tokenizer.json is broken: ' in done.stderr and 'no run could load it' in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['source']
+
+
+def test_a_folder_whose_name_is_no_unicode(tmp_path):
+    folder = tmp_path / os.fsdecode(b'bad\xff')
+    shutil.copytree(SOURCE, folder)
+    assert run(folder, tmp_path / 'model.h5').returncode == 0
+    with CheckpointReader(tmp_path / 'model.h5') as reader:
+        assert reader.provenance()['source'] == 'bad?'
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def read(*_, **__):
+        raise MemoryError('Unable to allocate 9 GiB')
+
+    monkeypatch.setattr(np, 'fromfile', read)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    assert main([str(SOURCE), str(tmp_path / 'model.h5')]) == 1
+    assert capsys.readouterr().err == (
+        'tpmpi.convert: out of memory: Unable to allocate 9 GiB; take a machine with more\n')
+    assert list(tmp_path.iterdir()) == []
+
+
+LARGEST = {np.float32: 3.4028235e38, np.float16: 65504}
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(('source', 'options'), [
+    (np.float32, []), (np.float16, []), (np.float32, ['--weights', 'bfloat16']), (np.float16, ['--weights', 'float32'])])
+def test_weights_that_are_not_finite_are_counted(tmp_path, source, options, value):
+    """The last number of a tensor counts, and a vector; the largest number of a type does not."""
+    from safetensors.numpy import save_file
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    tensors = {name: np.zeros(bits.shape, source) for name, bits in source_bits().items()}
+    tensors['lm_head.weight'][0] = 3e38 if 'bfloat16' in options else LARGEST[source]
+    save_file(tensors, tmp_path / 'source' / 'model.safetensors')
+    assert 'warning' not in run(tmp_path / 'source', tmp_path / 'model.h5', *options).stderr
+    for name in ('model.layers.1.self_attn.o_proj.weight', 'model.layers.1.mlp.up_proj.weight', 'model.norm.weight'):
+        tensors[name][..., -1] = value
+    save_file(tensors, tmp_path / 'source' / 'model.safetensors')
+    done = run(tmp_path / 'source', tmp_path / 'model.h5', *options)
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if 'warning' in line] == [
+        f'tpmpi.convert: warning: NaN or infinity in 3 of 30 tensors, first in {tmp_path / "source" / "model.safetensors"}: '
+        'model.layers.1.self_attn.o_proj.weight; what a run computes with it is no text: check the source']
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

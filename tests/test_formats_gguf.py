@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import environment
 
 from tpmpi.config import ModelConfig
+from tpmpi.convert import convert
 from tpmpi.formats import FormatError, open_checkpoint
 from tpmpi.sharding import tensor_specs
 from tpmpi.tokenizer import Tokenizer
@@ -65,7 +69,7 @@ def write(path: Path, weights: dict, types: dict[str, Type] | None = None, confi
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
-            (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
+            (writer.add_int32 if value < 0 else writer.add_uint64 if value >> 32 else writer.add_uint32)(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, str):
@@ -242,6 +246,37 @@ def test_headers_that_lie(path, data, message):
     path.write_bytes(data)
     with pytest.raises(FormatError, match=message):
         open_checkpoint(path)
+
+
+def test_a_pipe_is_refused_at_once(path):
+    os.mkfifo(path)
+    code = 'import sys; from pathlib import Path; from tpmpi.formats import open_checkpoint; open_checkpoint(Path(sys.argv[1]))'
+    done = subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, timeout=20, env=environment())
+    assert done.stderr.splitlines()[-1].endswith(f'{path} is no regular file; expected one, or a link to one')
+
+
+@pytest.mark.parametrize('keys, message', [
+    ({'llama__context_length': 1 << 63}, 'context_length is 92233.*; expected a whole number of less than 63 bits'),
+    ({'llama__rope__scaling__type': 'yarn', 'llama__rope__scaling__factor': 2.0,
+      'llama__rope__scaling__yarn_log_multiplier': -20.0}, 'yarn_log_multiplier is -20.0, which makes a magnitude of -0.38'),
+])
+def test_numbers_out_of_reach(path, keys, message):
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(write(path, random_weights(CONFIG), **keys))
+
+
+@pytest.mark.parametrize('out', ['model-00001-of-00002.gguf', 'model-00002-of-00002.gguf', 'link.h5'])
+def test_no_part_of_the_source_is_replaced(tmp_path, out):
+    """The first part holds no tensor, as llama-gguf-split --no-tensor-first-split writes it."""
+    first, second = (tmp_path / f'model-0000{n}-of-00002.gguf' for n in (1, 2))
+    write(first, {}, split__count=2, split__no=0)
+    write(second, random_weights(CONFIG), split__count=2, split__no=1)
+    (tmp_path / 'link.h5').symlink_to(second.name)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f'{out}: is .*-of-00002.gguf, which the model is read from; give the name of another'):
+        convert(first, tmp_path / out)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before and (tmp_path / 'link.h5').is_symlink()
+    convert(first, tmp_path / 'model.h5')
 
 
 def patch_entry(path: Path, name: bytes, change) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import environment
 
 from tpmpi.config import ModelConfig
 from tpmpi.formats import FormatError, open_checkpoint
@@ -168,6 +172,8 @@ def test_buffers_of_older_checkpoints_hold_nothing_new():
     ('Qwen3ForCausalLM', {'dual_chunk_attention_config': [8]}, 'dual_chunk_attention_config is .8.; expected null or an object'),
     ('Qwen3MoeForCausalLM', {'shared_expert_intermediate_size': 8}, 'shared_expert_intermediate_size is 8'),
     ('Qwen3MoeForCausalLM', {'qkv_bias': True}, 'qkv_bias is True; supported is False only'),
+    ('MixtralForCausalLM', {'num_local_experts': []}, r'num_local_experts is \[\]; expected a whole number'),
+    ('GemmaForCausalLM', {'hidden_size': 10 ** 400}, 'hidden_size is 1000.*; expected a whole number of less than 63 bits'),
     ('LlamaForCausalLM', {'auto_map': {'AutoModelForCausalLM': 'modeling_llama.LlamaForCausalLM'}}, "unknown key 'auto_map'"),
 ])
 def test_second_spellings_must_agree(architecture, keys, message):
@@ -219,6 +225,20 @@ def test_keys_without_influence_are_accepted(folder):
     ({'architectures': ['BloomForCausalLM']}, r"architectures is .'BloomForCausalLM'.; supported is one of LlamaFor"),
     ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForSequenceClassification'),
     ({'architectures': REMOVE}, 'architectures is None'),
+    ({'head_dim': 0}, 'head_dim is 0; expected a whole number from 1'),
+    ({'head_dim': 10 ** 12, 'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, 'head_dim is 1000000000000; expected'),
+    ({'hidden_size': 0, 'head_dim': None}, 'hidden_size is 0; expected a whole number from 1'),
+    ({'hidden_size': 10 ** 400, 'head_dim': None}, 'config.json: hidden_size is 1000.*; expected a whole number of less than 63'),
+    ({'max_position_embeddings': 0, 'rope_scaling': {'type': 'yarn', 'original_max_position_embeddings': 32}},
+     'max_positions is 0; expected a whole number from 1'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 1e300 / 8}}, 'the factor 1.25e.299; expected more than 1, and'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 10 ** 400}},
+     'original_max_position_embeddings is 1000.*; expected a whole number of less than 63 bits'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'beta_fast': -1}}, 'beta_fast and beta_slow are -1.0 and 1.0; expected'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'beta_slow': -1}}, 'beta_fast and beta_slow are 32.0 and -1.0; expected'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': math.e, 'mscale': 1, 'mscale_all_dim': -10.0}},  # 1 + ln(factor) * -10 / 10
+     'mscale_all_dim is -10.0, which makes a magnitude of 0.0; expected one above 0'),
+    ({'architectures': [[1]]}, r'architectures is \[\[1\]\]; supported is one of LlamaFor'),
     ({'eos_token_id': 300}, 'generation_config.json: eos_token_id is 300; expected a token id from 0 to 299'),
 ])
 def test_what_is_not_understood_is_refused_by_name(folder, changes, message):
@@ -227,6 +247,42 @@ def test_what_is_not_understood_is_refused_by_name(folder, changes, message):
         edit(folder / 'generation_config.json', **changes)
     with pytest.raises(FormatError, match=message):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize('error', [
+    TypeError('unhashable'), KeyError('x'), IndexError(3), AttributeError('x'), ZeroDivisionError('x'), OverflowError('x'),
+    MemoryError(), ValueError('math domain error')], ids=lambda error: type(error).__name__)
+def test_what_no_check_foresaw_names_the_file(folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr('tpmpi.formats.huggingface.choose_family', fail)
+    with pytest.raises(FormatError) as found:
+        open_checkpoint(folder)
+    text = f'{type(error).__name__}: {error}'
+    assert str(found.value) == f'{folder / "config.json"} cannot be read ({text}); look for a value of a wrong type or size'
+    monkeypatch.undo()
+    monkeypatch.setattr('tpmpi.formats.huggingface.open_tokenizer', fail)
+    with pytest.raises(FormatError, match=f'^{folder} cannot be read .{type(error).__name__}: '):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
+                                  'chat_template.jinja', 'model.safetensors', 'model.safetensors.index.json'])
+@pytest.mark.parametrize('linked', [False, True])
+def test_a_pipe_is_refused_at_once(folder, file, linked):
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / ('pipe' if linked else file))
+    if linked:
+        (folder / file).symlink_to('pipe')
+    assert in_time(folder).endswith(f'{file} is no regular file; expected one, or a link to one')
+
+
+def in_time(source) -> str:
+    """The last line of what a process that opens a checkpoint says; it does not wait for ever."""
+    code = 'import sys; from pathlib import Path; from tpmpi.formats import open_checkpoint; open_checkpoint(Path(sys.argv[1]))'
+    return subprocess.run([sys.executable, '-c', code, source], capture_output=True, text=True, timeout=20,
+                          env=environment()).stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('text, message', [
@@ -364,6 +420,9 @@ def test_chat_template(folder, source, expected):
     ('tokenizer_config.json', {'eos_token': 5}, 'eos_token is 5; expected a token or null'),
     ('tokenizer_config.json', {'added_tokens_decoder': {'299': {'content': '<new>'}}},
      "gives token '<new>' the id 299; tokenizer.json gives it None"),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'0': {'content': ['x']}}},
+     r"added_tokens_decoder has \['x'\] as token '0'; expected its text"),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'0': None}}, "has None as token '0'; expected its text"),
     ('tokenizer_config.json', {'added_tokens_decoder': [5]}, 'added_tokens_decoder is .5.; expected an object'),
     ('tokenizer.json', {'model': {}}, 'no vocabulary with token ids'),
     ('tokenizer.json', {'model': {'vocab': {'a': 'b'}}}, 'no vocabulary with token ids'),

@@ -55,6 +55,15 @@ def test_yarn_of_qwen():
     assert 1 / divisors[30] == pytest.approx(1 - 7 / 17 * 0.75)
 
 
+@pytest.mark.parametrize(('far', 'farther'), [
+    ({'beta_slow': 1e-30}, {'beta_slow': 1e-320}), ({'beta_fast': 1e30}, {'beta_fast': 1e308})])
+@pytest.mark.parametrize('truncate', [True, False])
+def test_yarn_with_a_ramp_that_ends_beyond_all_pairs(far, farther, truncate):
+    """How far beyond makes no difference, though a quotient of such numbers is no float64."""
+    assert rope_scaling.yarn(1e4, 16, 4096, 4.0, 4096, truncate=truncate, **farther) == rope_scaling.yarn(
+        1e4, 16, 4096, 4.0, 4096, truncate=truncate, **far)
+
+
 def test_linear_and_dynamic():
     assert rope_scaling.linear(6, 128, 4.0) == {'rope_divisors': (4.0,) * 3, 'max_positions': 512}
     assert rope_scaling.dynamic(128, 4.0) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,24 @@ def own_errors(stderr: str) -> list[str]:
     stderr = re.sub(r'.*PMIX ERROR.*\n', '', stderr)  # first: one of them can stand in the middle of the next
     stderr = re.sub(r'(?s)-{60,}\nprterun .*?-{60,}\n', '', stderr)
     return [line for line in stderr.splitlines() if line and not line.startswith('tpmpi [')]
+
+
+def run_into(output: str, *arguments) -> subprocess.CompletedProcess:
+    """Run `python arguments` alone, with a standard output that is closed or full, or whose reader has gone away."""
+    command = [sys.executable, *map(str, arguments)]
+    if output == 'closed':
+        command = ['sh', '-c', 'exec "$0" "$@" >&-', *command]
+    reading, writing = (None, os.open('/dev/full', os.O_WRONLY)) if output == 'full' else os.pipe()
+    if reading is not None:
+        os.close(reading)
+    try:
+        return subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    finally:
+        os.close(writing)
+
+
+STANDARD_OUTPUTS = {'closed': ['tpmpi: standard output is closed; redirect it to a file, or to /dev/null'],
+                    'full': ['tpmpi: standard output: No space left on device'], 'gone': []}
 
 
 @pytest.fixture(scope='module')
@@ -136,14 +155,17 @@ def test_the_trace_shows_each_stage_of_each_rank(models):
     (['--model', 'nowhere.h5'], r'nowhere\.h5: No such file'),
     (['--model', __file__], 'not an HDF5 file'),
     (['--prompt', ''], 'the prompt is empty'),
-    (['--prompt', b'\xff\xfe'], 'not UTF-8 at byte 0'),
+    (['--prompt', b'\xff\xfe'], '--prompt: not UTF-8 at byte 0'), (['--stop', b'a\xff'], '--stop: not UTF-8 at byte 1'),
+    (['--model', 'nowhere.h5', '--chat', '--system', b'ab\xff'], '--system: not UTF-8 at byte 2'),
     (['--prompt', 'x' * 300], 'the model was trained for 256'),
     (['--prompt', 'x', '--max-new-tokens', 999], 'the model was trained for 256'),
     (['--prompt-file', 'nowhere.txt'], r'nowhere\.txt: No such file'),
     (['--temperature', -1], 'temperature is -1'), (['--top-p', 0], 'top_p is 0'), (['--temperature', 'hot'], 'invalid float'),
+    (['--temperature', 1e-300], 'temperature is 1e-300'), (['--repetition-penalty', 1e300], r'repetition_penalty is 1e\+300'),
     (['--max-new-tokens', -1], 'max_new_tokens is -1'), (['--seed', -3], 'seed is -3'), (['--stop', ''], 'stop is empty'),
     (['--context', 0], 'context is 0'), (['--context', 257], 'the model was trained for 256'), (['--chunk', 0], 'chunk is 0'),
-    (['--threads', 0], '--threads is 0'), (['--device', 'tpu'], 'invalid choice'), (['--unknown'], 'unrecognized'),
+    (['--threads', 0], 'threads is 0; expected a whole number from 1 to 1024'), (['--threads', 100000], 'threads is 100000'),
+    (['--device', 'tpu'], 'invalid choice'), (['--unknown'], 'unrecognized'),
     (['--chat'], 'chat template'), (['--system', 'x'], '--system needs --chat'), (['--logprobs', 2], 'need --json'),
     (['--prompt', 'a', '--prompt-file', 'b'], 'not allowed with'),
 ])
@@ -154,6 +176,33 @@ def test_bad_input_gets_one_line(models, arguments, message):
     errors = own_errors(done.stderr)
     assert done.returncode != 0 and done.stdout == ''
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
+
+
+@pytest.mark.parametrize('arguments', [[], ['--json'], ['--version'], ['--help']], ids=lambda a: ''.join(a) or 'text')
+@pytest.mark.parametrize('output', STANDARD_OUTPUTS)
+def test_a_standard_output_that_takes_nothing_is_one_line_at_most(reciter, output, arguments):
+    done = run_into(output, '-m', 'tpmpi.run', '--model', reciter, '--prompt', 'x', *arguments)
+    assert own_errors(done.stderr) == STANDARD_OUTPUTS[output]
+    assert done.returncode == bool(STANDARD_OUTPUTS[output])
+
+
+def test_all_ranks_end_where_rank_0_cannot_write(reciter):
+    code = 'import os, sys; os.environ["PMI_RANK"] != "0" or os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'
+    if is_open_mpi():
+        pytest.skip('its ranks have another variable')
+    done = run_ranks(2, '-c', f'{code}; from tpmpi import run; sys.exit(run.main(sys.argv[1:]))', '--model', reciter, timeout=30)
+    assert done.returncode == 1 and own_errors(done.stderr) == STANDARD_OUTPUTS['full']
+
+
+@pytest.mark.parametrize(('closing', 'arguments', 'output', 'errors'), [
+    ('<&-', ['--prompt-file', '-'], '', ['tpmpi: --prompt-file -: standard input is closed; redirect a file to it']),
+    ('2>&-', ['--prompt', 'x', '--trace'], RECITED[1:] + '\n', []),
+    ('2>&-', ['--prompt', ''], '', [])])
+def test_a_closed_standard_stream_is_no_other_one(reciter, closing, arguments, output, errors):
+    command = [sys.executable, '-m', 'tpmpi.run', '--model', str(reciter), *arguments]
+    done = subprocess.run(['sh', '-c', f'exec "$0" "$@" {closing}', *command], capture_output=True, text=True, env=environment(),
+                          timeout=60)
+    assert done.stdout == output and own_errors(done.stderr) == errors
 
 
 def test_a_gpu_that_is_not_there_is_one_line(models):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_threads
 
-from tpmpi.candidates import gumbel_noise
+from tpmpi.candidates import LEAST, MOST, gumbel_noise
 from tpmpi.config import ConfigError
 from tpmpi.kernels import reference as ops
 from tpmpi.sampling import Draw, Sampler, SamplingParams, token_logprobs
@@ -163,10 +164,49 @@ def test_noise_is_gumbel():
     ({'temperature': -1}, 'temperature is -1'), ({'temperature': math.nan}, 'temperature'), ({'top_p': 0}, 'top_p is 0'),
     ({'top_p': 1.5}, 'top_p'), ({'min_p': 2}, 'min_p'), ({'top_k': -1}, 'top_k'), ({'max_new_tokens': -1}, 'max_new_tokens'),
     ({'repetition_penalty': 0}, 'repetition_penalty'), ({'seed': -1}, 'seed'), ({'stop': ('',)}, 'stop is empty'),
-    ({'logprobs': -2}, 'logprobs')])
+    ({'logprobs': -2}, 'logprobs'), ({'stop': ''}, 'stop is empty'),
+    *(({name: value}, f'{name} is .*0.000001.*1,000,000') for name in ('temperature', 'repetition_penalty')
+      for value in (5e-324, 1e-300, 9e-7, 1.1e6, 1e300, math.inf)),
+    ({'stop': ['x'] * 1001}, 'stop holds 1,001 texts; expected at most 1,000')])
 def test_values_out_of_range_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         SamplingParams(**change)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    *(({name: value}, f'{name} is {value}') for name in ('max_new_tokens', 'top_k', 'seed', 'logprobs') for value in (2.5, True)),
+    *(({name: True}, f'{name} is True') for name in ('temperature', 'top_p', 'min_p', 'repetition_penalty')),
+    ({'top_k': '5'}, "top_k is '5'"), ({'temperature': '1'}, "temperature is '1'"),
+    *(({name: value}, f'{name} is {value!r}; expected True or False')
+      for name in ('prompt_logprobs', 'ignore_eos', 'embedding') for value in (1, 'no', None)),
+    ({'stop': 5}, 'stop is 5'), ({'stop': ['a', 5]}, "stop is .'a', 5."), ({'stop': b'ab'}, "stop is b'ab'")])
+def test_values_of_a_wrong_kind_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingParams(**change)
+
+
+@pytest.mark.parametrize(('name', 'given', 'kept'), [
+    ('max_new_tokens', np.int32(7), 7), ('top_k', np.uint8(3), 3), ('seed', np.uint64(2**64 - 1), 2**64 - 1),
+    ('logprobs', np.int64(2), 2), ('temperature', np.float32(0.5), 0.5), ('temperature', 0, 0.0),
+    ('repetition_penalty', int(MOST), MOST), ('top_p', Fraction(1, 2), 0.5), ('min_p', np.float16(0.25), 0.25),
+    ('stop', 'said', ('said',)), ('stop', None, ()), ('stop', ['a', 'bc'], ('a', 'bc')), ('stop', iter('ab'), ('a', 'b'))])
+def test_values_of_a_like_kind_are_those_of_python(name, given, kept):
+    found = getattr(SamplingParams(**{name: given}), name)
+    assert found == kept and type(found) is type(kept)
+
+
+@pytest.mark.parametrize('temperature', [0.0, LEAST, 1.0, MOST])
+@pytest.mark.parametrize('penalty', [LEAST, 1.0, MOST])
+@pytest.mark.parametrize('filters', [{}, {'top_k': 5}, {'top_p': 0.9}, {'min_p': 0.1}])
+def test_at_the_ends_of_the_ranges_large_logits_stay_numbers(temperature, penalty, filters):
+    """float32 neither overflows nor warns, and where the best stands out it is chosen."""
+    logits, history = np.linspace(-1e4, 1e4, 40, dtype=np.float32), range(0, 40, 3)
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, logprobs=3, **filters)
+    choice = choose(logits, params, 2, history)
+    scores = [float(x) * (1 if i not in history else 1 / penalty if x > 0 else penalty) for i, x in enumerate(logits)]
+    if temperature < 1 or (penalty < 1 and temperature == 1):
+        assert choice.token == np.argmax(scores)
+    assert math.isfinite(choice.logprob) and [token for token, _ in choice.top] == [39, 38, 37]
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ranks import PROGRAMS, alive, command, environment, is_open_mpi
 
-from tpmpi import watch as watches
+from tpmpi import watchman
 
 HOST = socket.gethostname()
 STOPPED = 75
@@ -129,13 +129,13 @@ class Watched:
     """A watchman of ranks that are the ends of sockets; its clock is turned by hand."""
 
     def __init__(self, size: int, limit: float):
-        self.watchman = watches._Watchman(socket.socket(), size, 0, '', '')
+        self.watchman = watchman.Watchman(socket.socket(), size, 0, '', '')
         self.watchman.limit, self.watchman.looked = limit, 0.0
         self.messages, self.aborting, self.ends = [], [], []
         for rank in range(size):
             near, far = socket.socketpair(socket.AF_UNIX)
             self.ends.append(far)
-            line = object.__new__(watches._Line)  # a line sets options that only TCP has
+            line = object.__new__(watchman.Line)  # a line sets options that only TCP has
             vars(line).update(connection=near, rank=rank, host=f'n{rank // 2}', pid=0, phase='decode', watched=True,
                               step='7', since=0.0, here=None, unread=b'')
             self.watchman.lines.append(line)
@@ -195,6 +195,20 @@ def test_who_moves_on_or_has_left_is_not_late(capfd):
         assert watched.watchman.over == math.inf
 
 
+def test_who_waits_for_a_rank_that_has_left(capfd):
+    """It has entered a collective more than that one ever will; of another group that says nothing."""
+    with Watched(3, math.inf) as watched:
+        watched.watchman.lines[1].watched = False
+        watched.watchman.left.append(('rank 1 on n0', '0', 5))
+        for here, deserted in (((('0', 5), None, ('1', 9)), False), ((('0', 5), None, ('0', 6)), True)):
+            watched.answer(*here)
+            watched.watchman.look_for_the_deserted()
+            assert (watched.watchman.over < math.inf) == deserted
+        words = [end.recv(1000).decode().split() for end in (watched.ends[0], watched.ends[2])]
+        assert words == [['where', 'where', 'abort'], ['where', 'end', 'where']]  # asked again, the end comes before that
+    assert capfd.readouterr().err.startswith('tpmpi: rank 1 on n0 has ended, and rank 2 on n1 waits for it: every rank must ')
+
+
 def test_the_time_of_a_suspended_job_does_not_count():
     with Watched(2, 10) as watched:
         assert ticks(watched, 1, 9) == []
@@ -204,7 +218,7 @@ def test_the_time_of_a_suspended_job_does_not_count():
 
 
 def test_many_ranks_make_a_short_message():
-    lines = [watches._Line.__new__(watches._Line) for _ in range(100)]
+    lines = [watchman.Line.__new__(watchman.Line) for _ in range(100)]
     for rank, line in enumerate(lines):
         vars(line).update(rank=rank, host='n', step='3')
-    assert watches._blame(lines, lines).endswith('rank 7 on n (last step 3), 92 more did not arrive')
+    assert watchman._blame(lines, lines).endswith('rank 7 on n (last step 3), 92 more did not arrive')

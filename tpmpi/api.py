@@ -17,12 +17,15 @@ import atexit
 import contextlib
 import ctypes
 import logging
+import operator
 import os
+import reprlib
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 from tpmpi import comm as mpi
@@ -58,7 +61,7 @@ class LLM:
         return self.session.comm.rank
 
     def request(self, prompt: str | Sequence[int] | Sequence[dict], **params):
-        """A checked request.  prompt: text, token ids, or chat messages ({'role', 'content'}).
+        """A checked request.  prompt: text, token ids (an array, too), or chat messages ({'role', 'content'}).
 
         params: those of sampling.SamplingParams; without max_new_tokens, 128 or what the model's length leaves.
         Raises ValueError on all ranks alike.
@@ -71,9 +74,9 @@ class LLM:
             return None
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], dict):
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.apply_chat_template(list(prompt))
-        return list(prompt)
+        return _token_ids(prompt)
 
     def _request(self, tokens: list[int], **params):
         from tpmpi.sampling import SamplingParams
@@ -117,6 +120,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     if session is None:
         session = sessions.start(threads)
         sys.excepthook = _end_all_ranks(session, sys.excepthook)
+        session.watch.where = lambda: (0, session.comm.entered)
         atexit.register(session.watch.close)
     # imported late: NumPy must find the number of BLAS threads set
     from tpmpi.checkpoint import CheckpointReader
@@ -127,14 +131,14 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     comm = session.comm if group is None else group
 
     def open_all():
-        run = RunConfig(context, chunk, block, share_prefixes, kv_dtype='float32' if kv is None else kv, device=device,
-                        verify=verify, weights=weights, kernels=kernels, activations=activations, sinks=sinks,
-                        collective=collective, share_gpu=share_gpu,
-                        cuda_graphs='off' if tracing else cuda_graphs)  # the tracer waits for each kernel
+        run = RunConfig(None if context is None else _whole('context', context), _whole('chunk', chunk), _whole('block', block),
+                        share_prefixes, kv_dtype='float32' if kv is None else kv, device=device, verify=verify, weights=weights,
+                        kernels=kernels, activations=activations, sinks=_whole('sinks', sinks), collective=collective,
+                        share_gpu=share_gpu, cuda_graphs='off' if tracing else cuda_graphs)  # the tracer waits for each kernel
         reader = model if hasattr(model, 'read_rows') else CheckpointReader(bundled_model() if model is None else Path(model))
         if kv is None and (activations == 'bfloat16' or matrix_kinds(reader, weights) & {'int8', 'int4'}):
             run = replace(run, kv_dtype='bfloat16')
-        if context is not None and context > reader.config.max_positions:
+        if run.context is not None and run.context > reader.config.max_positions:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
         return run, reader, _tokenizer(reader) if comm.rank == 0 else None
 
@@ -154,7 +158,7 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
         atexit.register(_close_carrier, comm)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
         comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size, ops)
-        model = session.agreed(load_model, reader, part, ops, context, verify, opened.xp, weights, sinks,
+        model = session.agreed(load_model, reader, part, ops, run.context, verify, opened.xp, weights, run.sinks,
                                session.comm.while_waiting)
     _keep_freed_memory()
     tracer = None
@@ -169,6 +173,23 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
             tracer.phase = phase
 
     return LLM(session, Engine(model, tokenizer, opened, ops, comm, run, on_phase), tracer)
+
+
+def _token_ids(prompt) -> list[int]:
+    """The ids of a prompt that is no text.  Raises ConfigError where it holds anything but integers."""
+    with contextlib.suppress(TypeError):  # no integer, or nothing that holds any
+        if not isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set):
+            values = list(prompt)
+            if not any(isinstance(value, bool) for value in values):
+                return [operator.index(value) for value in values]
+    raise ConfigError(f'the prompt is {reprlib.repr(prompt)}; expected text, integers that are token ids, or chat messages')
+
+
+def _whole(name: str, value) -> int:
+    """A number of tokens or positions.  Raises ConfigError for what is no integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f'{name} is {reprlib.repr(value)}; expected a whole number')
+    return int(value)
 
 
 def _open_device(session, run: RunConfig):

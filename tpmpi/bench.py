@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = p.parse_args(argv)
     if options.model is not None and options.random is not None:
         p.error('--random takes the place of --model; give one of them')
-    for name in ('prompt_tokens', 'new_tokens', 'batch', 'repeat', 'threads'):
+    for name in ('prompt_tokens', 'new_tokens', 'batch', 'repeat'):
         value = getattr(options, name)
         if value is not None and value < 1:
             p.error(f'--{name.replace("_", "-")} is {value}; expected at least 1')
@@ -382,6 +382,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, measure, print."""
     names = ('weights', 'kernels', 'activations', 'kv', 'chunk', 'device', 'collective', 'share_gpu', 'cuda_graphs')
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
+    output = session.Output()
+    s.agreed(output.check)
     start = perf_counter()
     llm = api.load(options.model if options.random is None else random_model(s, options), session=s, **chosen)
     load_seconds = max(s.comm.exchange(perf_counter() - start))
@@ -390,7 +392,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
         from tpmpi.versions import cpu
         figures |= {'model': name_of(options), 'machine': cpu(), 'load_seconds': round(load_seconds, 3),
                     'tpmpi': tpmpi.__version__}
-        print(json.dumps(figures) if options.json else table(figures))
+        output.write((json.dumps(figures) if options.json else table(figures)) + '\n')
+    s.agreed(output.check)
     return 0
 
 

@@ -5,9 +5,10 @@ Of logits on a device as little as will do comes to the host.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,13 @@ from tpmpi.config import ConfigError
 
 NOTHING = np.empty(0, np.float32), np.empty(0, np.int64)
 FIRST_CANDIDATES = 64  # that a rank sends at first
+LEAST, MOST = 1e-6, 1e6  # temperature and penalty: float32 holds a logit of 1e4 after both, with 20 orders of magnitude to spare
+MOST_STOPS = 1000  # each is looked for at each token
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks for.  Raises ConfigError when a value is out of range."""
+    """What one request asks for; a stop text may be given by itself.  Raises ConfigError for a value out of range or kind."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0: the most probable token
@@ -36,26 +39,43 @@ class SamplingParams:
     embedding: bool = False  # the hidden state of the prompt's last token, after the final norm
 
     def __post_init__(self):
-        def check(name, ok, expected):
+        def check(name, kind, ok, expected):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not ok(value):
-                raise ConfigError(f'{name} is {value}; expected {expected}')
+            if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
+                raise ConfigError(f'{name} is {reprlib.repr(value)}; expected {expected}')
+            object.__setattr__(self, name, int(value) if kind is Integral else float(value))  # also of NumPy's numbers
 
-        check('max_new_tokens', lambda v: 0 <= v <= 1 << 31, 'a number of tokens, 0 or more')
-        check('temperature', lambda v: 0 <= v < math.inf, 'a number of at least 0 (0 takes the most probable token)')
-        check('top_k', lambda v: 0 <= v <= 1 << 31, 'a number of tokens, 0 for all')
-        check('top_p', lambda v: 0 < v <= 1, 'a number above 0 and at most 1')
-        check('min_p', lambda v: 0 <= v <= 1, 'a number from 0 to 1')
-        check('repetition_penalty', lambda v: 0 < v < math.inf, 'a number above 0 (1 for none)')
-        check('seed', lambda v: 0 <= v < 1 << 64, 'a whole number from 0 to 2^64 - 1')
-        check('logprobs', lambda v: 0 <= v <= 1000, 'a number from 0 to 1000')
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise ConfigError('stop is empty; expected a text of at least one character')
+        check('max_new_tokens', Integral, lambda v: 0 <= v <= 1 << 31, 'a number of tokens, 0 or more')
+        check('temperature', Real, lambda v: v == 0 or LEAST <= v <= MOST,
+              f'a number of at least {LEAST:f} and at most {MOST:,.0f}, or 0 for the most probable token')
+        check('top_k', Integral, lambda v: 0 <= v <= 1 << 31, 'a number of tokens, 0 for all')
+        check('top_p', Real, lambda v: 0 < v <= 1, 'a number above 0 and at most 1')
+        check('min_p', Real, lambda v: 0 <= v <= 1, 'a number from 0 to 1')
+        check('repetition_penalty', Real, lambda v: LEAST <= v <= MOST, f'a number from {LEAST:f} to {MOST:,.0f} (1 for none)')
+        check('seed', Integral, lambda v: 0 <= v < 1 << 64, 'a whole number from 0 to 2^64 - 1')
+        check('logprobs', Integral, lambda v: 0 <= v <= 1000, 'a whole number from 0 to 1000')
+        for name in ('prompt_logprobs', 'ignore_eos', 'embedding'):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ConfigError(f'{name} is {reprlib.repr(getattr(self, name))}; expected True or False')
+        object.__setattr__(self, 'stop', _texts(self.stop))
 
     @property
     def filtered(self) -> bool:
         """Sampling looks at the candidates' order, not only at the perturbed logits."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+def _texts(stop) -> tuple[str, ...]:
+    """One stop text, several, or None, as a tuple.  Raises ConfigError for anything else, an empty text, and too many."""
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    texts = tuple(stop) if several else () if stop is None else (stop,)
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f'stop is {reprlib.repr(stop)}; expected a text or several')
+    if '' in texts:
+        raise ConfigError('stop is empty; expected a text of at least one character')
+    if len(texts) > MOST_STOPS:
+        raise ConfigError(f'stop holds {len(texts):,} texts; expected at most {MOST_STOPS:,}')
+    return texts
 
 
 def gumbel_noise(seed: int, request: int, position: int, ids: range) -> np.ndarray:

@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import reprlib
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -64,12 +65,14 @@ class CheckpointReader:
         self._members = group_members(self.specs)
 
     def _open(self):
+        what_to_do = 'give the path of a model file made by python -m tpmpi.convert'
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # opening a pipe waits for ever
+                raise CheckpointError(f'{self.path}: is no regular file; {what_to_do}')
             with open(self.path, 'rb') as f:
                 self.length = os.fstat(f.fileno()).st_size
         except OSError as e:
-            raise CheckpointError(f'{self.path}: {reason(e)}; give the path of a model file made by '
-                                  f'python -m tpmpi.convert') from e
+            raise CheckpointError(f'{self.path}: {reason(e)}; {what_to_do}') from e
         if not h5py.is_hdf5(self.path):
             raise CheckpointError(f'{self.path}: not an HDF5 file; make a model file with python -m tpmpi.convert')
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)

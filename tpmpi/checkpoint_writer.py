@@ -40,8 +40,18 @@ from tpmpi.weights import Stored
 SYNC_SECONDS = 1.0  # between two waits for the disk: about what a crash costs
 
 
+def destination(path: Path) -> Path:
+    """The file to write: a link's target, as os.replace would replace the link.  Raises CheckpointError for no regular file."""
+    file = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if os.path.lexists(file) and not file.is_file():
+        raise CheckpointError(f'{path}: is {"a folder" if file.is_dir() else "no regular file"}; give the name of the file to '
+                              'write')
+    return file
+
+
 def part_files(path: Path) -> tuple[Path, Path]:
     """The unfinished model file and its journal."""
+    path = destination(path)
     return path.with_name(f'.{path.name}.part'), path.with_name(f'.{path.name}.part.journal')
 
 
@@ -71,13 +81,14 @@ class CheckpointWriter:
     it holds.  Without it an unfinished file is overwritten.  origin: what the tensors are made from, in words, by any names.
     Leaving the block with an error, or with a tensor missing, removes the unfinished file.  Leaving it with KeyboardInterrupt,
     or another of those that are no Exception, keeps it, as the end of the process does.
-    Raises CheckpointError where another process writes the same file, or the unfinished one is of another origin.
+    Raises CheckpointError where another process writes the same file, the unfinished one is of another origin, or the path is
+    that of a folder, a device, or whatever else is no regular file.
     """
 
     def __init__(self, path: Path, config: ModelConfig, kinds: Mapping[str, str], tokenizer: TokenizerData,
                  provenance: Mapping[str, str], sources: Mapping[str, str] | None = None, *,
                  origin: Mapping[str, str] | None = None, resume: bool = False):
-        self.path, self.kinds, self.specs = Path(path), kinds, tensor_specs(config)
+        self.path, self.kinds, self.specs = destination(Path(path)), kinds, tensor_specs(config)
         for name, spec in self.specs.items():
             if not spec.fits(kinds[name]):
                 raise CheckpointError(f'{path}: tensor {name} cannot be {kinds[name]}: {spec.why_not(kinds[name])}')
@@ -166,7 +177,7 @@ class CheckpointWriter:
         version = 1 if set(self.kinds.values()) <= set(KINDS_OF_VERSION_1) else 2
         self.file.attrs.update({'format': np.bytes_(FORMAT), 'format_version': version})
         for key, value in provenance.items():
-            self.file.attrs[f'provenance_{key}'] = np.bytes_(value.encode() or b' ')
+            self.file.attrs[f'provenance_{key}'] = np.bytes_(value.encode(errors='replace') or b' ')  # of a path, any bytes
         self._comment(self.file, ABOUT.format(version) + ABOUT_VERSION_2 * (version == 2))
         facts = self.file.create_group('config')
         self._comment(facts, 'one attribute per fact of the architecture (h5dump -A prints them)')

@@ -276,7 +276,7 @@ class RunConfig:
                             ('activations', ACTIVATION_DTYPES), ('collective', COLLECTIVES), ('weights', (None, *STORED_KINDS)),
                             ('cuda_graphs', CUDA_GRAPHS)):
             if getattr(self, name) not in kinds:
-                raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(kinds)}')
+                raise ConfigError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(filter(None, kinds))}')
 
 
 def facts_of(config: ModelConfig) -> dict:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import os
-import re
 import shutil
 import signal
 import sys
@@ -19,16 +17,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import tpmpi
 from tpmpi.checkpoint import CheckpointError, CheckpointWriter, TokenizerData
-from tpmpi.checkpoint_writer import unfinished_bytes, unfinished_tensors
+from tpmpi.checkpoint_writer import destination, unfinished_bytes, unfinished_tensors
 from tpmpi.formats import Checkpoint, TensorSource, open_checkpoint
-from tpmpi.formats.hub import locate
+from tpmpi.formats.hub import TEXTS, locate
 from tpmpi.sharding import TensorSpec, target_kind, tensor_specs
-from tpmpi.weights import STORED_KINDS, Stored, encode, part_shapes, transpose
+from tpmpi.tokenizer import TokenizerError, load_backend
+from tpmpi.weights import AT_ONCE, STORED_KINDS, Stored, encode, part_shapes, transpose
 
 STOPPED = 75  # exit code of a conversion that can go on, as of tpmpi.batch: EX_TEMPFAIL of sysexits.h
-WEIGHTS_FILE = re.compile(r'.*?\.(safetensors|gguf)(?=: )')  # of the origin of a tensor
+EXPONENTS = {'float32': ('u4', 0x7F800000), 'bfloat16': ('u2', 0x7F80), 'float16': ('u2', 0x7C00)}  # all ones: NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,10 @@ class Conversion:
 
     def origin(self) -> dict[str, str]:
         """All that the tensors of the file depend on; an interrupted conversion goes on only where it is the same."""
-        files = {found[0] for change in self.changes.values() if (found := WEIGHTS_FILE.match(change.source.origin))}
-        named = self.checkpoint.provenance.get('files')  # of a tensor that is joined from several files the origin names one
-        files |= {os.path.join(os.path.dirname(file), name) for file in files for name in named.split(', ')} if named else set()
         made = {'the version of tpmpi': tpmpi.__version__}
-        for file in sorted(files):
-            found = os.stat(file)
-            made[os.path.basename(file)] = f'{found.st_size} bytes of {found.st_mtime_ns} ns'
+        for file in self.checkpoint.files:
+            found = file.stat()
+            made[file.name] = f'{found.st_size} bytes of {found.st_mtime_ns} ns'
         made |= {f"the source's {key}": value for key, value in self.checkpoint.provenance.items()}
         texts = [self.checkpoint.tokenizer_json, self.checkpoint.chat_template, self.checkpoint.bos_token_id,
                  self.checkpoint.eos_token_ids]
@@ -123,8 +121,9 @@ class Conversion:
         return made | {'the tokenizer': sha256(repr(texts)), 'the configuration': sha256(repr(self.checkpoint.config)),
                        'the kinds of the tensors (--weights)': sha256(repr(kinds))}
 
-    def write(self, out: Path, resume: bool = False) -> int:
-        """Write the model file; returns how many tensors an interrupted conversion had left.  Raises ValueError or OSError.
+    def write(self, out: Path, resume: bool = False) -> tuple[int, list[str]]:
+        """Write the model file; returns how many tensors an interrupted conversion had left, and which of the others hold NaN or
+        infinity.  Raises ValueError or OSError.
 
         KeyboardInterrupt leaves what is needed to go on.
         """
@@ -134,24 +133,34 @@ class Conversion:
         kinds, words = ({name: getattr(change, what) for name, change in self.changes.items()} for what in ('kind', 'words'))
         with CheckpointWriter(out, checkpoint.config, kinds, tokenizer, checkpoint.provenance, words, origin=self.origin(),
                               resume=resume) as writer:
-            left = [(name, change) for name, change in self.changes.items() if name not in writer.done]
+            left, not_finite = [(name, change) for name, change in self.changes.items() if name not in writer.done], []
             for name, change in progress(left, len(left)):
-                writer.write(name, change.stored())
-        return len(writer.done)
+                stored = change.stored()
+                writer.write(name, stored)
+                if not is_finite(stored):
+                    not_finite.append(name)
+                del stored  # before the next one is read
+        return len(writer.done), not_finite
 
 
 def prepare(source: str | Path, out: Path, weights: str | None = None, revision: str | None = None, gguf: str | None = None
             ) -> Conversion:
     """A conversion that can begin.  Raises ValueError with one line where it cannot; see `locate`."""
-    if not out.parent.is_dir():
-        raise CheckpointError(f'{out}: the folder {out.parent} does not exist')
-    if out.is_dir():
-        raise CheckpointError(f'{out}: is a folder; give the name of the file to write')
+    file = destination(out)
+    if not file.parent.is_dir():
+        raise CheckpointError(f'{out}: the folder {file.parent} does not exist')
     path, provenance = locate(source, revision, gguf)
     checkpoint = open_checkpoint(path)
+    for read in (path, *checkpoint.files, *(path / name for name in TEXTS)):
+        if file.exists() and read.exists() and file.samefile(read):
+            raise CheckpointError(f'{out}: is {read}, which the model is read from; give the name of another file to write')
+    try:
+        load_backend(checkpoint.tokenizer_json)  # as a run does
+    except TokenizerError as e:
+        raise CheckpointError(f'{path}: {e}; no run could load it') from e
     checkpoint = dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **provenance})
     conversion = Conversion(checkpoint, plan(checkpoint, weights))
-    free = shutil.disk_usage(out.parent).free + unfinished_bytes(out)
+    free = shutil.disk_usage(file.parent).free + unfinished_bytes(out)
     if free < conversion.nbytes:
         raise CheckpointError(f'{out}: {conversion.nbytes:,} bytes are needed and {free:,} are free on that file system')
     return conversion
@@ -163,6 +172,15 @@ def convert(source: str | Path, out: Path, weights: str | None = None, *, revisi
     conversion = prepare(source, Path(out), weights, revision, gguf)
     conversion.write(Path(out), resume)
     return conversion.changes
+
+
+def is_finite(stored: Stored) -> bool:
+    """Whether no number of a tensor is NaN or infinity, by its bits; integers and their scales are checked as they are made."""
+    if stored.kind not in EXPONENTS:
+        return True
+    bits, ones = EXPONENTS[stored.kind]
+    flat = stored.data.reshape(-1).view(bits)
+    return all(np.max(flat[i:i + AT_ONCE] & flat.dtype.type(ones)) < ones for i in range(0, flat.size, AT_ONCE))
 
 
 def sha256(text: str) -> str:
@@ -202,17 +220,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         conversion = prepare(options.source, options.out, options.weights, options.revision, options.gguf)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        before = conversion.write(options.out, options.resume)
+        before, not_finite = conversion.write(options.out, options.resume)
     except (ValueError, OSError) as e:
         say(' '.join(str(e).split()))
         return 1
+    except MemoryError as e:
+        say(' '.join(f'out of memory: {e or "one tensor at a time must fit, as float32"}; take a machine with more'.split()))
+        return 1
     except KeyboardInterrupt:
-        done = unfinished_tensors(options.out)
-        say('interrupted; nothing was written' if conversion is None or done is None else
+        done = None if conversion is None else unfinished_tensors(options.out)
+        say('interrupted; nothing was written' if done is None else
             f'interrupted; {done} of {len(conversion.changes)} tensors are done, the same command with --resume does the rest')
         return STOPPED
     for line in report(conversion.changes, options.verbose):
         say(line)
+    if not_finite:
+        say(f'warning: NaN or infinity in {len(not_finite)} of {len(conversion.changes)} tensors, first in '
+            f'{conversion.changes[not_finite[0]].source.origin}; what a run computes with it is no text: check the source')
     if before:
         say(f'{before} of {len(conversion.changes)} tensors were there already')
     say(f'wrote {options.out}, {conversion.nbytes / 1e6:,.1f} MB of tensors')

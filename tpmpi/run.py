@@ -25,8 +25,7 @@ class PrintVersion(argparse.Action):
 
     def __call__(self, parser, *_):
         from tpmpi.versions import report
-        print(report())
-        parser.exit()
+        parser.tell(report() + '\n')
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -70,8 +69,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument('--trace', action='store_true', help='print the diagram with shapes, times and bytes of every rank')
     p.add_argument('--version', action=PrintVersion, nargs=0, help='versions and facts for a bug report')
     options = p.parse_args(argv)
-    if options.threads is not None and options.threads < 1:
-        p.error(f'--threads is {options.threads}; expected at least 1')
     if options.system is not None and not options.chat:
         p.error('--system needs --chat')
     if (options.logprobs or options.prompt_logprobs) and not options.json:
@@ -88,35 +85,24 @@ def read_prompt(options: argparse.Namespace, comm: Communicator) -> str:
         data = os.fsencode(prompt)
     else:
         name = '--prompt-file ' + options.prompt_file
+        if options.prompt_file == '-' and sys.stdin is None:
+            raise ValueError(f'{name}: standard input is closed; redirect a file to it')
         try:
             data = sys.stdin.buffer.read() if options.prompt_file == '-' else Path(options.prompt_file).read_bytes()
         except OSError as e:
             raise ValueError(f'{name}: {e.strerror}') from e
-    try:
-        prompt = data.decode()
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{name}: not UTF-8 at byte {e.start}; convert the text to UTF-8') from e
+    prompt = decoded(data, name)
     if not prompt:
         raise ValueError(f'{name}: the prompt is empty; expected some text')
     return prompt
 
 
-class Output:
-    """Standard output as UTF-8 bytes.  When the reader has gone away it notes that, and stays silent."""
-
-    def __init__(self):
-        self.closed = False
-
-    def write(self, text: str) -> None:
-        """Write and flush, so that a reader sees each piece as it is made."""
-        if self.closed:
-            return
-        try:
-            sys.stdout.buffer.write(text.encode('utf-8', 'replace'))
-            sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            self.closed = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit either
+def decoded(data: bytes, name: str) -> str:
+    """The text of an option, or of the file that it names.  Raises ValueError when it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{name}: not UTF-8 at byte {e.start}; convert the text to UTF-8') from e
 
 
 def timing_of(request, llm: api.LLM) -> dict:
@@ -164,10 +150,14 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     """Load, generate, print; the same on every rank but for the printing."""
     from tpmpi.sampling import SamplingParams  # late: the session has limited the BLAS threads before NumPy starts
     names = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed', 'logprobs', 'prompt_logprobs')
-    sampling = {name: getattr(options, name) for name in names} | {'stop': tuple(options.stop)}
+    sampling = {name: getattr(options, name) for name in names}
     if options.max_new_tokens is not None:
         sampling['max_new_tokens'] = options.max_new_tokens
-    s.agreed(SamplingParams, **sampling)  # a bad value is told before a large model is read
+    output = session.Output()
+    s.agreed(output.check)  # this and a bad value are told before a large model is read
+    system = s.agreed(decoded, os.fsencode(options.system or ''), '--system')
+    sampling['stop'] = s.agreed(lambda: tuple(decoded(os.fsencode(text), '--stop') for text in options.stop))
+    s.agreed(SamplingParams, **sampling)
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,
                    chunk=options.chunk, verify=options.verify, weights=options.weights, kernels=options.kernels,
@@ -178,11 +168,10 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
     log.info('%s: %d layers, hidden %d, %d query and %d KV heads; %d rank%s x %d thread%s, %d on this node, device %s',
              options.model or 'bundled model', config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
              s.comm.size, 's' * (s.comm.size > 1), s.threads, 's' * (s.threads > 1), s.local_size, llm.engine.device.name)
-    system = [] if options.system is None else [{'role': 'system', 'content': options.system}]
-    request = llm.request([*system, {'role': 'user', 'content': prompt}] if options.chat else prompt, **sampling)
+    head = [] if options.system is None else [{'role': 'system', 'content': system}]
+    request = llm.request([*head, {'role': 'user', 'content': prompt}] if options.chat else prompt, **sampling)
     if options.prompt is None and options.prompt_file is None:
         log.info('no --prompt is given; this continues: %s', prompt)
-    output = Output()
     for piece in llm.engine.stream(request, lambda: output.closed):
         if first and not options.json:
             output.write(piece)
@@ -194,6 +183,7 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
         parts, hosts = s.comm.exchange(summary(llm.tracer)), s.comm.exchange(s.host)
         if first:
             print(table(parts, hosts), file=sys.stderr)
+    s.agreed(output.check)
     if not output.closed:
         log.info(closing_line(timing))
     return 0

@@ -17,12 +17,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from tpmpi import comm as mpi
 from tpmpi import device, launch
 from tpmpi.watch import Watch
 
 FAILED, USAGE = 1, 2  # exit codes
+MOST_THREADS = 1024  # of a rank: more than the cores of any node; libraries hang or crash with many thousands
 GENTLE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -76,16 +78,61 @@ class ArgumentParser(argparse.ArgumentParser):
         """Print one line and exit with code 2."""
         self.exit(USAGE, f'{self.prog}: error: {message}; see {self.prog} --help\n')
 
+    def print_help(self, file=None):
+        """Print the options and exit."""
+        self.tell(self.format_help())
+
+    def tell(self, text: str):
+        """Print a text on standard output and exit, with code 1 where it cannot be written."""
+        output = Output()
+        output.write(text)
+        self.exit(FAILED if output.error else 0, output.error and f'tpmpi: {output.error}\n')
+
+
+class Output:
+    """Standard output as UTF-8 bytes.  When the reader has gone away, or nothing can be written, it notes that and is silent.
+
+    `error` is what `check` tells all ranks; a reader that wants no more is none.
+    """
+
+    def __init__(self):
+        self.closed, self.error = sys.stdout is None, None
+        if self.closed:
+            self.error = 'standard output is closed; redirect it to a file, or to /dev/null'
+
+    def write(self, text: str) -> None:
+        """Write and flush, so that a reader sees each piece as it is made."""
+        if self.closed:
+            return
+        try:
+            sys.stdout.buffer.write(text.encode('utf-8', 'replace'))
+            sys.stdout.buffer.flush()
+        except OSError as e:
+            self.closed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit either
+            if not isinstance(e, BrokenPipeError):
+                self.error = f'standard output: {e.strerror}'
+
+    def check(self) -> None:
+        """Raises ValueError where something could not be written."""
+        if self.error:
+            raise ValueError(self.error)
+
 
 def start(threads: int | None = None) -> Session:
     """Begin a parallel run on all ranks.  threads: per rank; None takes this rank's fair share of the cores.
 
-    Raises LaunchError where the launcher started more ranks than MPI can see.
+    Raises LaunchError where the launcher started more ranks than MPI can see, GroupError for threads out of range.
     """
     comm = mpi.Communicator()
     launch.check_world(comm.size)
+    number = isinstance(threads, Integral) and not isinstance(threads, bool)
+    if threads is None or number and 1 <= threads <= MOST_THREADS:
+        comm.agree(None)
+    else:
+        comm.agree(launch.LaunchError(f'threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}'))
     local_rank, masks = comm.exchange_on_node(launch.cores())
-    threads = threads or launch.fair_threads(masks, local_rank, launch.cpu_quota(), os.environ)
+    threads = int(threads or launch.fair_threads(masks, local_rank, launch.cpu_quota(), os.environ))
     launch.set_blas_threads(threads)
     host = mpi.host_name()
     watch = Watch(comm.rank, comm.size, comm.exchange, mpi.abort)
@@ -100,6 +147,8 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
     ends all ranks through the watch.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.stderr is None:  # closed; print and argparse would take standard output instead
+        sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
     world = mpi.Communicator()
     with contextlib.nullcontext() if world.rank == 0 else _silence():
         options = parse(sys.argv[1:] if argv is None else argv)
@@ -107,8 +156,9 @@ def command(body: Callable[[Session, object], int], parse: Callable[[list[str]],
                         format=f'tpmpi [{world.rank}/{world.size}] %(message)s')
     try:
         session = start(getattr(options, 'threads', None))
-    except launch.LaunchError as e:
-        print(f'tpmpi: {e}', file=sys.stderr, flush=True)
+    except (launch.LaunchError, mpi.GroupError) as e:
+        if world.rank == getattr(e, 'rank', 0):
+            print(f'tpmpi: {e}', file=sys.stderr, flush=True)
         return FAILED
     _on_signals([signal.SIGINT], lambda _: session.watch.interrupted())
     try:
@@ -149,6 +199,6 @@ def _on_signals(numbers: Sequence[int], act: Callable[[int], object]) -> None:
 def _silence():
     """Nothing is printed inside: usage and help are rank 0's."""
     stack = contextlib.ExitStack()
-    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    stack.enter_context(contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())))  # with the buffer that Output writes to
     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack

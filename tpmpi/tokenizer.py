@@ -230,7 +230,9 @@ class StreamDecoder:
     """Text of ids that come one by one, in constant time for each.
 
     Characters whose bytes lie in several tokens are held back until they are whole.  The pieces together are what
-    `tokenizer.decode` makes of all ids at once.
+    `tokenizer.decode` makes of all ids at once, but for bytes of <0xNN> tokens that are no UTF-8: here each ill-formed part
+    becomes one U+FFFD (the Unicode Standard, 3.9), while decode, which sees a run of such tokens as a whole, gives one for
+    each of its bytes, also for those of characters that a stream has shown long before.
     """
 
     def __init__(self, tokenizer: Tokenizer):

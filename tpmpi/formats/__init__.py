@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tpmpi.formats.source import Checkpoint, FormatError, TensorSource
+from tpmpi.formats.source import Checkpoint, FormatError, TensorSource, understood
 
 __all__ = ['Checkpoint', 'FormatError', 'TensorSource', 'open_checkpoint']
 
@@ -20,11 +20,13 @@ def open_checkpoint(source: Path) -> Checkpoint:
             raise FormatError(f'{source} is no checkpoint: it has no config.json')
         from tpmpi.formats.huggingface import open_huggingface
 
-        return open_huggingface(source)
+        with understood(source):
+            return open_huggingface(source)
     if not source.exists():
         raise FormatError(f'{source} does not exist; expected a Hugging Face folder or a .gguf file')
     if source.suffix != '.gguf':
         raise FormatError(f'{source} is neither a Hugging Face folder (with config.json) nor a .gguf file')
     from tpmpi.formats.gguf import open_gguf
 
-    return open_gguf(source)
+    with understood(source):
+        return open_gguf(source)

@@ -100,10 +100,10 @@ def short(value) -> str:
 
 
 def whole(facts: Mapping, key: str, where: str) -> int:
-    """A fact that must be a whole number."""
+    """A fact that must be a whole number, and one that a float can be made of."""
     value = facts[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise FormatError(f'{where}: {key} is {short(value)}; expected a whole number')
+    if not isinstance(value, int) or isinstance(value, bool) or not abs(value) < 1 << 62:
+        raise FormatError(f'{where}: {key} is {short(value)}; expected a whole number of less than 63 bits')
     return value
 
 

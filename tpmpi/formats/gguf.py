@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tpmpi.config import ConfigError
 from tpmpi.formats.families import match_tensors, read_facts, short
 from tpmpi.formats.gguf_blocks import KINDS, stored_groups
 from tpmpi.formats.gguf_families import GGUF, GGUF_WHERE, NEUTRAL_PREFIXES
 from tpmpi.formats.gguf_file import GgufHeader, GgufTensor, check_ranges, elements, read_header
 from tpmpi.formats.gguf_tokenizer import open_tokenizer
-from tpmpi.formats.source import BFLOAT16, Checkpoint, FormatError, TensorSource, read_numbers, sha256
+from tpmpi.formats.source import BFLOAT16, Checkpoint, FormatError, TensorSource, read_numbers, sha256, understood
 
 STORED = {'F32': ('float32', '<f4'), 'F16': ('float16', '<f2'), 'BF16': (BFLOAT16, '<u2')}  # ours, and as stored
 PART = re.compile(r'(.+)-(\d{5})-of-(\d{5})\.gguf')  # llama-gguf-split's names
@@ -42,16 +41,15 @@ def open_gguf(path: Path) -> Checkpoint:
     if facts['vocab_size'] not in (None, found[EMBEDDING].shape[0]):
         raise FormatError(
             f'{path}: vocab_size is {short(facts["vocab_size"])}; the embedding has {found[EMBEDDING].shape[0]} rows')
-    try:
+    with understood(path):
         config = family.config(facts)
-    except ConfigError as error:
-        raise FormatError(f'{path}: {error}') from error
     tensors = match_tensors(config, found, family, str(path))
     tokenizer_json, chat_template, bos, eos = open_tokenizer(metadata, config.vocab_size)
     about = {key: str(metadata[f'general.{key}']) for key in ('name', 'license') if f'general.{key}' in metadata}
     return Checkpoint(
         config, tensors, tokenizer_json, chat_template, eos, bos,
-        {'format': 'GGUF', 'architecture': architecture, 'source': path.name, 'header sha256': digest(headers)} | about)
+        {'format': 'GGUF', 'architecture': architecture, 'source': path.name, 'header sha256': digest(headers)} | about,
+        tuple(header.path for header in headers))
 
 
 def other_parts(header: GgufHeader) -> list[GgufHeader]:

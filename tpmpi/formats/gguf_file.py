@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tpmpi.formats.source import FormatError
+from tpmpi.formats.source import FormatError, file_size
 
 VERSIONS = (2, 3)
 NUMBERS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
@@ -94,8 +94,8 @@ def read_header(path: Path) -> GgufHeader:
     Raises FormatError where the file is no GGUF, is truncated, or contradicts itself.
     """
     try:
+        size = file_size(path)
         with path.open('rb') as file:
-            size = path.stat().st_size
             return parse_header(Cursor(file, path, size), size)
     except OSError as error:
         raise FormatError(f'{path} cannot be read: {error.strerror or error}') from error

@@ -84,7 +84,11 @@ def yarn_magnitude(keys: dict, factor: float, where: str) -> float:
     yarn_attn_factor, which llama.cpp does not read for these architectures, may say the same only.
     """
     over = number(keys, 'rope.scaling.yarn_log_multiplier', where)
-    magnitude = rope_scaling.yarn_magnitude(factor) / (rope_scaling.yarn_magnitude(factor, over) if over else 1.0)
+    divisor = rope_scaling.yarn_magnitude(factor, over)  # 1 where over is 0
+    if not divisor > 0:
+        raise FormatError(f'{where}: rope.scaling.yarn_log_multiplier is {over}, which makes a magnitude of {divisor}; expected '
+                          'one above 0')
+    magnitude = rope_scaling.yarn_magnitude(factor) / divisor
     given = keys['rope.scaling.yarn_attn_factor']
     if given is not None and not math.isclose(number(keys, 'rope.scaling.yarn_attn_factor', where), magnitude, rel_tol=1e-4):
         raise FormatError(f'{where}: rope.scaling.yarn_attn_factor is {short(given)}; supported is {magnitude:.6g}, what follows '

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpmpi.config import ConfigError, ModelConfig
+from tpmpi.config import ModelConfig
 from tpmpi.formats.families import Family, match_tensors, read_facts, short
 from tpmpi.formats.huggingface_config import NEUTRAL_KEYS
 from tpmpi.formats.huggingface_families import HUGGING_FACE, find_family
@@ -22,6 +22,7 @@ from tpmpi.formats.source import (
     read_json,
     read_text,
     sha256,
+    understood,
 )
 from tpmpi.formats.tokenizer_json import add_special, bos_eos_processor, dump, vocabulary
 
@@ -33,12 +34,9 @@ def open_huggingface(folder: Path) -> Checkpoint:
     """The checkpoint in a folder.  Raises FormatError for whatever is missing, damaged or not understood."""
     text = read_text(folder / 'config.json')
     values = parse_json(text, folder / 'config.json')
-    family, architecture = choose_family(values)
-    facts = read_facts(values, family, NEUTRAL_KEYS.__contains__, 'config.json')
-    try:
-        config = family.config(facts)
-    except ConfigError as error:
-        raise FormatError(f'{folder / "config.json"}: {error}') from error
+    with understood(folder / 'config.json'):
+        family, architecture = choose_family(values)
+        config = family.config(read_facts(values, family, NEUTRAL_KEYS.__contains__, 'config.json'))
     files, found = open_weights(folder)
     tensors = assign(config, family, found, str(folder))
     tokenizer_json, chat_template, bos, eos = open_tokenizer(folder, config, family, values)
@@ -46,12 +44,13 @@ def open_huggingface(folder: Path) -> Checkpoint:
         config, tensors, tokenizer_json, chat_template, eos, bos,
         {'format': 'Hugging Face', 'architecture': architecture, 'source': folder.resolve().name,
          'files': ', '.join(files), 'config.json sha256': sha256(text.encode()),
-         'tokenizer.json sha256': sha256(read_text(folder / 'tokenizer.json').encode())})
+         'tokenizer.json sha256': sha256(read_text(folder / 'tokenizer.json').encode())},
+        tuple(folder / file for file in files))
 
 
 def choose_family(values: Mapping) -> tuple[Family, str]:
     names = values.get('architectures')
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in HUGGING_FACE:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in HUGGING_FACE:
         raise FormatError(
             f'config.json: architectures is {short(names)}; supported is one of {", ".join(HUGGING_FACE)}')
     return find_family(names[0], values), names[0]
@@ -141,6 +140,9 @@ def open_tokenizer(folder: Path, config: ModelConfig, family: Family, values: Ma
         make_special(tokenizer, known, token)
     for id, entry in (settings.get('added_tokens_decoder') or {}).items():
         content = entry.get('content') if isinstance(entry, dict) else entry
+        if not isinstance(content, str):
+            raise FormatError(f'tokenizer_config.json: added_tokens_decoder has {short(content)} as token {short(id)}; '
+                              'expected its text')
         if content not in known and without_row(id, config.vocab_size):
             continue
         if str(known.get(content)) != id:

@@ -63,6 +63,8 @@ def standard(facts: Mapping, rope: Callable[[Mapping, int], dict] = read_rope, *
         values['qkv_bias'] = values['attn_out_bias'] = flag(facts, 'attention_bias')
     if 'mlp_bias' in facts:
         values['mlp_bias'] = flag(facts, 'mlp_bias')
+    length = whole(facts, 'max_position_embeddings', WHERE) if 'max_position_embeddings' in facts else 1
+    ModelConfig(**values, max_positions=length, rope_theta=None)  # sizes first: RoPE makes lists of them
     return ModelConfig(**values | rope(facts, head_dim) | unchunked(facts) | more)
 
 
@@ -85,11 +87,11 @@ def activation(name) -> str:
 
 def either(facts: Mapping, keys: tuple[str, str], default: int) -> int:
     """A whole number that has two names.  Raises FormatError where both are given and differ."""
-    given = {facts[key] for key in keys if facts[key] is not None}
+    given = {whole(facts, key, WHERE) for key in keys if facts[key] is not None}
     if len(given) > 1:
         raise FormatError(f'{WHERE}: {keys[0]} is {short(facts[keys[0]])} and {keys[1]} is {short(facts[keys[1]])}; '
                           'expected the same')
-    return whole({keys[0]: next(iter(given), default)}, keys[0], WHERE)
+    return next(iter(given), default)
 
 
 def agree(facts: Mapping, key: str, value) -> None:

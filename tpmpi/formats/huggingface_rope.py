@@ -92,9 +92,9 @@ def scaled(inner: dict, key: str, dim: int, facts: Mapping, kinds: tuple[str, ..
     values = {name: None if inner.get(name) is None and name in optional else number(inner, name, WHERE)
               for name in (*needed, *optional)}
     theta, length = number(inner, 'rope_theta', WHERE), whole(facts, 'max_position_embeddings', WHERE)
-    if not theta > 1 or not (values.get('factor') or 1) >= 1:
+    if not theta > 1 or not 1 <= (values.get('factor') or 1) < 1e6:
         raise FormatError(f'{WHERE}: {key} has the rope_theta {theta} and the factor {values.get("factor")}; '
-                          'expected more than 1, and 1 or more')
+                          'expected more than 1, and 1 or more, below 1e6')
     original = facts.get('original_max_position_embeddings') or inner.get('original_max_position_embeddings', length)
     original = whole({'original_max_position_embeddings': original}, 'original_max_position_embeddings', WHERE)
     if kind in OTHERS and not original > 1:
@@ -126,13 +126,18 @@ def read_yarn(inner: Mapping, values: Mapping, theta: float, dim: int, length: i
     factor = length / original if values['factor'] is None else values['factor']
     magnitude = values['attention_factor']
     if magnitude is None and values['mscale'] and values['mscale_all_dim']:
-        magnitude = rope_scaling.yarn_magnitude(factor, values['mscale']) / rope_scaling.yarn_magnitude(
-            factor, values['mscale_all_dim'])
+        magnitude, over = (rope_scaling.yarn_magnitude(factor, values[name]) for name in ('mscale', 'mscale_all_dim'))
+        if not over > 0:
+            raise FormatError(f'{WHERE}: mscale_all_dim is {values["mscale_all_dim"]}, which makes a magnitude of {over}; '
+                              'expected one above 0')
+        magnitude /= over
     if values['attn_factor'] is not None:
         magnitude = values['attn_factor'] * (rope_scaling.yarn_magnitude(factor) if magnitude is None else magnitude)
     truncate = truth({'truncate': inner.get('truncate', True)}, 'truncate', WHERE)
-    return rope_scaling.yarn(theta, dim, length, factor, original, values['beta_fast'] or 32.0, values['beta_slow'] or 1.0,
-                             truncate, magnitude)
+    fast, slow = values['beta_fast'] or 32.0, values['beta_slow'] or 1.0
+    if not (fast > 0 and slow > 0):
+        raise FormatError(f'{WHERE}: beta_fast and beta_slow are {fast} and {slow}; expected numbers above 0')
+    return rope_scaling.yarn(theta, dim, length, factor, original, fast, slow, truncate, magnitude)
 
 
 def pair_factors(inner: Mapping, key: str, dim: int) -> list[float]:

@@ -39,7 +39,8 @@ def yarn(theta: float, dim: int, max_positions: int, factor: float, original: in
          beta_slow: float = 1.0, truncate: bool = True, magnitude: float | None = None) -> dict:
     """As linear for pairs that turn at most beta_slow times in the original length, not at all for those that turn beta_fast
     times; the turned numbers are larger by 0.1 ln(factor) + 1, or by `magnitude`.   (Peng et al. 2023)"""
-    low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (beta_fast, beta_slow))
+    low, high = (dim * (math.log(original / (2 * math.pi)) - math.log(turns)) / (2 * math.log(theta))  # a quotient can overflow
+                 for turns in (beta_fast, beta_slow))
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpmpi.formats.source import FormatError, TensorSource, parse_json, read_numbers
+from tpmpi.formats.source import FormatError, TensorSource, file_size, parse_json, read_numbers
 
 HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
 DTYPES = {'F32': ('float32', '<f4'), 'F16': ('float16', '<f2'), 'BF16': ('bfloat16', '<u2')}  # ours, and as stored
@@ -26,7 +26,7 @@ def open_safetensors(path: Path) -> dict[str, TensorSource]:
     Raises FormatError when the header and the file contradict each other, or a tensor has a type that is not supported.
     """
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         with path.open('rb') as file:
             length = int.from_bytes(file.read(8), 'little')
             if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tpmpi.config import ModelConfig
+from tpmpi.config import ConfigError, ModelConfig
 from tpmpi.weights import Stored
 
 BFLOAT16 = 'bfloat16'
@@ -73,6 +75,21 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]  # each ends a text; the tokenizer's own one first
     bos_token_id: int | None
     provenance: Mapping[str, str]  # where it came from
+    files: tuple[Path, ...]  # that hold the tensors
+
+
+@contextlib.contextmanager
+def understood(where: Path):
+    """What goes wrong with the values of a file becomes a FormatError that names it, also where no check foresaw them."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except ConfigError as error:
+        raise FormatError(f'{where}: {error}') from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise FormatError(f'{where} cannot be read ({type(error).__name__}: {str(error)[:200]}); look for a value of a wrong '
+                          'type or size') from error
 
 
 def describe(shape: tuple[int, ...]) -> str:
@@ -91,6 +108,14 @@ def read_numbers(path: Path, offset: int, count: int, dtype: str) -> np.ndarray:
     return values
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a regular file.  Raises FormatError for anything else: opening a pipe waits for ever.  Raises OSError, too."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise FormatError(f'{path} is no regular file; expected one, or a link to one')
+    return found.st_size
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file.  Raises FormatError when there is none."""
     return parse_json(read_text(path), path)
@@ -98,8 +123,8 @@ def read_json(path: Path) -> dict:
 
 def read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise FormatError(f'{path} has {path.stat().st_size} bytes; at most {JSON_LIMIT} are read')
+        if (size := file_size(path)) > JSON_LIMIT:
+            raise FormatError(f'{path} has {size} bytes; at most {JSON_LIMIT} are read')
         return path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f'{path} cannot be read: {error}') from error
