@@ -38,6 +38,7 @@ def test_rows_come_back(tmp_path_factory, rows):
             assert len(start) == len(rows) + 1
             return f[name][start[i]:start[i + 1]] if name in f else []
 
+        assert 'tokens' in f
         for i, row in enumerate(rows):
             assert f['id'].asstr()[i] == row.id.replace('\0', r'\u0000') and list(row_of('tokens', i)) == row.tokens
             if row.prompt_logprobs is not None:

@@ -215,6 +215,8 @@ def test_a_second_stream_is_refused_while_one_is_open(models):
         with pytest.raises(ConfigError, match='another stream is open'):
             engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=2)))
         first.close()
+        with pytest.raises(ConfigError, match='this request has run'):
+            engine.generate(engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=2))))
         return engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=2))).finish_reason
 
     assert on_threads(1, work) == ['length']

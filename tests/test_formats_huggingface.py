@@ -165,6 +165,7 @@ def test_buffers_of_older_checkpoints_hold_nothing_new():
 
 @pytest.mark.parametrize('architecture, keys, message', [
     ('GPTNeoXForCausalLM', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5; expected 0.25, as the other keys say'),
+    ('PhiForCausalLM', {'partial_rotary_factor': 1e-9}, 'partial_rotary_factor is 1e-09, none of'),
     ('GPTNeoXForCausalLM', {'rope_theta': 5e5}, 'rope_theta is 500000.0; expected 10000'),
     ('PhiForCausalLM', {'rotary_dim': 64}, 'rotary_dim is 64; expected 32'),
     ('Qwen3ForCausalLM', {'dual_chunk_attention_config': {'chunk_size': 8}}, 'local_size is None; expected a whole number'),

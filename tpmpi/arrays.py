@@ -101,6 +101,8 @@ class _Ragged:
 
     def flush(self) -> None:
         """Write what is held."""
+        if self.values.dataset is None:
+            self.values.add([])
         self.values.flush()
         self.starts.flush()
 

@@ -346,6 +346,8 @@ class Engine:
         """
         if self.streaming:
             raise ConfigError('another stream is open: read it to its end, or close it, before the next request')
+        if request.finish_reason is not None:
+            raise ConfigError('this request has run; make another one')
         self.streaming = True
         try:
             yield from self._stream(request, cancelled)

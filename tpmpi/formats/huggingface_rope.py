@@ -38,6 +38,8 @@ def read_rope(facts: Mapping, head_dim: int, kinds: tuple[str, ...] = tuple(NUMB
         expected = 'a number above 0, at most 1' if partial else '1.0: this architecture turns whole heads'
         raise FormatError(f'{WHERE}: {partial or "partial_rotary_factor"} is {short(share)}; expected {expected}')
     dim = int(head_dim * share)
+    if not dim:
+        raise FormatError(f'{WHERE}: {partial} is {short(share)}, none of {head_dim} dimensions; expected a larger number')
     return {'rotary_dim': dim % head_dim} | scaled(inner, key, dim, facts, kinds)
 
 
