@@ -11,15 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_threads
 
-from tpmpi.checkpoint import CheckpointReader
+from tpmpi.batch import longest
+from tpmpi.checkpoint import CheckpointReader, CheckpointWriter, TokenizerData
 from tpmpi.config import ConfigError, RunConfig
 from tpmpi.device import Device
-from tpmpi.engine import Engine, StopText
+from tpmpi.engine import Engine
 from tpmpi.kernels import reference as ops
+from tpmpi.kv_cache import rings_blocks
 from tpmpi.model_shard import load_model
 from tpmpi.sampling import SamplingParams
 from tpmpi.sharding import shard
+from tpmpi.text_stream import StopText
 from tpmpi.tokenizer import Tokenizer
+from tpmpi.weights import encode
 
 PROMPT = [72, 101, 108, 108, 111, 33, 200, 7, 7, 19]
 
@@ -121,8 +125,19 @@ def test_rope_that_depends_on_the_length_of_the_text(by_length, name, length):
     path, config, tensors = by_length[name]
     prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
     params = SamplingParams(max_new_tokens=26, logprobs=1)
-    for request in generate(path, prompt, params, ranks=2, chunk=16, block=4)[:1]:
-        check_by_length(request, name, config, tensors)
+    first, other = generate(path, prompt, params, ranks=2, chunk=16, block=4)
+    check_by_length(first, name, config, tensors)
+    assert other.tokens == first.tokens  # a script on another rank may go on from them
+    assert (first.timing.prefill_tokens, first.timing.decode_tokens) == (length, 25)
+
+
+@pytest.mark.parametrize('name', ['longrope', 'dynamic'])
+def test_a_prompt_is_scored_as_it_was_computed_first(by_length, name):
+    """Not once more, in another way, when the text has outgrown the original length."""
+    path, prompt = by_length[name][0], np.random.default_rng(0).integers(0, 256, 20).tolist()
+    short, long = (generate(path, prompt, SamplingParams(max_new_tokens=new, ignore_eos=True, prompt_logprobs=True), chunk=16,
+                            block=4)[0] for new in (2, 20))
+    assert len(short.prompt_logprobs) == 19 and long.prompt_logprobs == short.prompt_logprobs
 
 
 @pytest.mark.parametrize('name', ['longrope', 'dynamic'])
@@ -220,6 +235,59 @@ def test_a_second_stream_is_refused_while_one_is_open(models):
         return engine.generate(engine.request(PROMPT, SamplingParams(max_new_tokens=2))).finish_reason
 
     assert on_threads(1, work) == ['length']
+
+
+@pytest.mark.parametrize('asked', [{'prompt_logprobs': True}, {'embedding': True}, {'max_new_tokens': 1}])
+def test_numbers_that_are_not_finite_are_an_error(tmp_path, asked):
+    """Weights that overflow float32; after that the ranks are out of step, and no further request is tried."""
+    config = tiny.CONFIGS['nine_heads']
+    tensors = tiny.random_tensors(config)
+    tensors['final_norm'][:] = np.float32(3e38)
+    with CheckpointWriter(tmp_path / 'm.h5', config, dict.fromkeys(tensors, 'float32'),
+                          TokenizerData(tiny.byte_tokenizer(), None, None, ()), {}) as writer:
+        for name, x in tensors.items():
+            writer.write(name, encode(x * np.float32(10) if name == 'head' else x, 'float32', writer.specs[name].group_axis))
+
+    def work(comm):
+        engine = engine_on(comm, tmp_path / 'm.h5', RunConfig())
+        with pytest.raises(ArithmeticError, match='not finite'), np.errstate(all='ignore'):
+            engine.generate(engine.request(PROMPT, SamplingParams(**{'max_new_tokens': 0} | asked)))
+        engine.failed = True  # as where there are several ranks
+        with pytest.raises(ConfigError, match='an earlier request has failed'):
+            engine.request(PROMPT, SamplingParams())
+
+    on_threads(1, work)
+
+
+def test_an_embedding_is_all_that_is_kept(models):
+    engine_of = lambda comm: engine_on(comm, models['nine_heads'][0], RunConfig())  # noqa: E731
+    request, = on_threads(1, lambda comm: (e := engine_of(comm)).generate(
+        e.request(PROMPT, SamplingParams(max_new_tokens=0, embedding=True))))
+    assert request.embedding.base is None
+
+
+def test_a_conversation_that_grows_keeps_its_beginnings(models):
+    def work(comm):
+        engine, text = engine_on(comm, models['nine_heads'][0], RunConfig(chunk=16, block=4)), PROMPT
+        shared = []
+        for _ in range(6):
+            text = text + engine.generate(engine.request(text, SamplingParams(max_new_tokens=8, ignore_eos=True))).tokens
+            shared.append(engine.scheduler.shared_tokens)
+        return shared
+
+    shared, = on_threads(1, work)
+    assert sum(after > before for before, after in zip(shared, shared[1:], strict=False)) >= 2, shared
+
+
+@pytest.mark.parametrize(('context', 'chunk', 'sinks', 'block'), [(256, 16, 0, 16), (250, 16, 0, 16), (100, 20, 4, 8)])
+def test_a_batch_of_one_has_a_cache_for_any_text_that_rolls(models, context, chunk, sinks, block):
+    """As batch.cache_blocks counts it: a text that is longer than all lengths it knows rolls within it."""
+    def work(comm):
+        engine = engine_on(comm, models['nine_heads'][0], RunConfig(context=context, chunk=chunk, sinks=sinks, block=block))
+        blocks = rings_blocks(engine.model.groups, longest(engine), chunk, block)
+        return [rings_blocks(engine.model.groups, total, chunk, block) <= blocks for total in range(1, 9 * context)]
+
+    assert all(on_threads(1, work)[0])
 
 
 def test_after_an_error_within_a_step_requests_are_computed_anew(models):

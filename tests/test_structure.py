@@ -18,6 +18,7 @@ FLOORS = {
     'checkpoint': 1,
     'formats': 1, 'tokenizer': 1, 'chat_template': 1, 'file_layout': 1, 'checkpoint_writer': 1, 'memory': 1,
     'kv_cache': 2, 'model_shard': 2, 'model': 2, 'graphs': 2, 'footprint': 2, 'candidates': 2, 'random_model': 2,
+    'text_stream': 2,
     'sampling': 3, 'block_pool': 3, 'scheduler': 3, 'engine': 3, 'trace': 3, 'batch_format': 3, 'batch_input': 3, 'lease': 3,
     'results': 3, 'progress': 3, 'arrays': 3,
     'session': 4, 'dispatch': 4, 'versions': 4, 'api': 5, 'run': 6, 'convert': 6, 'bench': 6, 'batch': 6, '__init__': 7,

@@ -63,9 +63,11 @@ class LLM:
     def request(self, prompt: str | Sequence[int] | Sequence[dict], **params):
         """A checked request.  prompt: text, token ids (an array, too), or chat messages ({'role', 'content'}).
 
-        params: those of sampling.SamplingParams; without max_new_tokens, 128 or what the model's length leaves.
+        params: those of sampling.SamplingParams; without max_new_tokens, 128 or what the model's length leaves.  With a seed
+        the text is the same each time.
         Raises ValueError on all ranks alike.
         """
+        self.engine.check()
         tokens = self.session.comm.share(self.session.agreed(self._encode, prompt))
         return self.session.agreed(self._request, tokens, **params)
 
@@ -81,10 +83,9 @@ class LLM:
     def _request(self, tokens: list[int], **params):
         from tpmpi.sampling import SamplingParams
         if params.get('max_new_tokens') is None:
-            room = self.config.max_positions - len(tokens)
-            limit = self.engine.run.context is None and room > 0
-            params['max_new_tokens'] = min(DEFAULT_NEW_TOKENS, room) if limit else DEFAULT_NEW_TOKENS
-        request = self.engine.request(tokens, SamplingParams(**params), self.requests)
+            params['max_new_tokens'] = min(DEFAULT_NEW_TOKENS, self.engine.room(tokens))
+        noise = 0 if params.get('seed') is not None else self.requests  # one seed gives one text, none another one each time
+        request = self.engine.request(tokens, SamplingParams(**params), noise)
         self.requests += 1
         return request
 

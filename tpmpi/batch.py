@@ -183,6 +183,13 @@ def load(s: session.Session, options: argparse.Namespace):
     return llm, group, replica
 
 
+def longest(engine) -> int:
+    """Tokens of a text that takes as much of the cache as any: with a context one that rolls on, however long."""
+    run, positions = engine.run, engine.model.config.max_positions
+    rolling = 0 if run.context is None else 4 * (run.context + run.sinks + run.chunk + run.block)
+    return max(positions + run.sinks + run.chunk, rolling)
+
+
 def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, group) -> int:
     """Blocks of the cache, equal on all ranks of a replica: what the memory given holds, and no more than can be used."""
     from tpmpi.kv_cache import block_bytes, rings_blocks
@@ -198,8 +205,7 @@ def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, 
         free, sharers = s.agreed(engine.device.free_bytes), sum(identity == gpu.identity for _, identity in on_node)
     given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, sharers, free))
     each = block_bytes(config, model.shard, model.groups, run.block, engine.ops, run.kv_dtype)
-    longest = max(config.max_positions, options.context or 0) + run.sinks + run.chunk
-    most = options.max_sequences * rings_blocks(model.groups, longest, run.chunk, run.block)
+    most = options.max_sequences * rings_blocks(model.groups, longest(engine), run.chunk, run.block)
     blocks = min(group.exchange(min(most, given // each if each else most)))
 
     def check():

@@ -88,7 +88,7 @@ def gumbel_noise(seed: int, request: int, position: int, ids: range) -> np.ndarr
                              counter=np.array([ids.start // 4, position, 0, 0], np.uint64))
     raw = words.random_raw(skip + len(ids))[skip:]
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0 ** -53  # inside (0, 1)
-    return -np.log(-np.log(uniform))
+    return -np.log(-np.log(np.minimum(uniform, 1 - 2.0 ** -53)))  # the last of 2^53 would be rounded to 1
 
 
 def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:

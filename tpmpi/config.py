@@ -193,6 +193,9 @@ class ModelConfig:
                                   f'{turned // 2} pairs')
         if not 1 <= self.rope_dynamic_factor < 1e6:
             raise ConfigError(f'model configuration: rope_dynamic_factor is {self.rope_dynamic_factor}; expected 1 or more')
+        if self.rope_dynamic_factor > 1 and (self.rotary_dim or self.head_dim) <= 2:
+            raise ConfigError(f'model configuration: rope_dynamic_factor is {self.rope_dynamic_factor} for '
+                              f'{self.rotary_dim or self.head_dim} dimensions; expected more of them, or a factor of 1')
         if (self.rope_long_divisors or self.rope_dynamic_factor > 1) and not self.rope_original_positions:
             raise ConfigError('model configuration: rope_original_positions is 0; this RoPE needs them')
         if not 0 <= self.query_growth < 1e6 or self.query_growth and not self.query_growth_positions:

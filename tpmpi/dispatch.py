@@ -212,7 +212,7 @@ class Replica:
 
     def _request(self, asked: BatchRequest, line: int) -> Request:
         from tpmpi.sampling import SamplingParams
-        tokenizer, config = self.engine.tokenizer, self.engine.model.config
+        tokenizer = self.engine.tokenizer
         if asked.messages is not None:
             self._refuse_too_long('\n'.join(str(value) for message in asked.messages for value in message.values()))
         elif isinstance(asked.prompt, str):
@@ -224,8 +224,7 @@ class Replica:
         params = dict(asked.params)
         if params.get('max_new_tokens') is None:
             usual = COMPLETION_TOKENS if asked.url == '/v1/completions' else DEFAULT_NEW_TOKENS
-            room = config.max_positions - len(tokens)
-            params['max_new_tokens'] = min(usual, max(0, room)) if self.engine.run.context is None else usual
+            params['max_new_tokens'] = min(usual, self.engine.room(tokens))
             if asked.url == '/v1/embeddings':
                 params['max_new_tokens'] = 0
         params['embedding'] = asked.embedding

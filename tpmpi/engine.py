@@ -19,7 +19,7 @@ from tpmpi.kv_cache import KVCache, Ring, pinned_blocks, ring_blocks, rings_bloc
 from tpmpi.model import ModelShard, Step, all_layers, forward, logits
 from tpmpi.sampling import Choice, Draw, Sampler, SamplingParams, token_logprobs
 from tpmpi.scheduler import Admission, Plan, Scheduler, Sequence
-from tpmpi.tokenizer import StreamDecoder
+from tpmpi.text_stream import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -35,55 +35,6 @@ class Timing:
     all_reduce_seconds: float = 0.0  # in decode
     all_reduce_bytes: int = 0  # in decode
     before_decode: tuple[float, int] = (0.0, 0)  # the communicator's all-reduce seconds and bytes until then
-
-
-class StopText:
-    """Cuts the stream at the first stop text, and holds back what may be the beginning of one."""
-
-    def __init__(self, stops: Iterable[str]):
-        self.stops, self.held, self.found = tuple(stops), '', False
-
-    def push(self, text: str) -> str:
-        """The text that can be shown now."""
-        self.held += text
-        starts = [at for at in (self.held.find(s) for s in self.stops) if at >= 0]
-        if starts:
-            self.found = True
-            shown, self.held = self.held[:min(starts)], ''
-            return shown
-        keep = max((self._begun(s) for s in self.stops), default=0)
-        shown, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
-        return shown
-
-    def _begun(self, stop: str) -> int:
-        """Characters of a stop text with which what is held ends: no more than are held, however long that is."""
-        most = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(most, 0, -1) if stop.startswith(self.held[-n:])), 0)
-
-    def flush(self) -> str:
-        """What was held back, when no more text comes."""
-        shown, self.held = self.held, ''
-        return shown
-
-
-class TextStream:
-    """Tokens to the text that may be shown: whole characters, and nothing of a stop text."""
-
-    def __init__(self, tokenizer, stops: Iterable[str]):
-        self.decoder, self.stop_text = StreamDecoder(tokenizer), StopText(stops)
-
-    @property
-    def stopped(self) -> bool:
-        """A stop text has come."""
-        return self.stop_text.found
-
-    def push(self, token: int) -> str:
-        """The text that can be shown after one more token."""
-        return self.stop_text.push(self.decoder.push(token))
-
-    def flush(self) -> str:
-        """What was held back, when no more tokens come."""
-        return '' if self.stopped else self.stop_text.push(self.decoder.flush()) + self.stop_text.flush()
 
 
 @dataclass(eq=False)
@@ -131,7 +82,8 @@ class Engine:
         self.scheduler: Scheduler | None = None  # on rank 0
         self.running: dict[int, Running] = {}
         self.requests: dict[int, tuple[Request, Sequence]] = {}  # on rank 0: those that wait or run
-        self.steps, self.resting, self.rolling_noted, self.streaming = 0, False, False, False
+        self.scored: set[int] = set()  # those whose prompts have all their log-probabilities
+        self.steps, self.resting, self.rolling_noted, self.streaming, self.failed = 0, False, False, False, False
         self.seconds = dict.fromkeys(('prefill', 'decode', 'sampling', 'scheduling', 'waiting'), 0.0)  # sampling: part of steps
 
     def allocate(self, num_blocks: int, max_sequences: int) -> None:
@@ -159,6 +111,7 @@ class Engine:
 
     def request(self, prompt_tokens: Iterable[int], params: SamplingParams, id: int = 0) -> Request:
         """A checked request.  Raises ConfigError when it is empty, names tokens out of range, or cannot fit."""
+        self.check()
         config, tokens = self.model.config, [int(t) for t in prompt_tokens]
         if not tokens:
             raise ConfigError('the prompt is empty; expected at least one token')
@@ -173,6 +126,18 @@ class Engine:
         if config.learned_positions and total > config.learned_positions:
             raise ConfigError(f'{total} tokens; the model has learned {config.learned_positions} positions: ask for fewer')
         return Request(tokens, params, id)
+
+    def room(self, prompt_tokens: Sequence) -> int:
+        """New tokens that a prompt leaves of the model's length; any number where old ones roll off."""
+        config, most = self.model.config, 1 << 31
+        if self.run.context is None:
+            most = config.max_positions
+        return max(0, min(most, config.learned_positions or most) - len(prompt_tokens))
+
+    def check(self) -> None:
+        """Raises ConfigError where an error has left the ranks in the middle of a step, each somewhere else."""
+        if self.failed:
+            raise ConfigError('an earlier request has failed, and the ranks are out of step: end the program')
 
     def add(self, request: Request, tokens: Iterable[int] = ()) -> None:
         """Put a request in the queue; tokens: what an earlier run has generated of it, as if it had not been interrupted.
@@ -221,6 +186,7 @@ class Engine:
         """Who leaves, who joins, which blocks are copied."""
         for number, _, _ in plan.ended:
             self.running.pop(number, None)
+            self.scored.discard(number)
         for number in plan.dropped:
             self.running.pop(number, None)
         for source, target in plan.copies:
@@ -257,7 +223,7 @@ class Engine:
             at += work.count
             if sequence.computed + work.count == len(sequence.tokens):
                 last_rows.append((at - 1, work.number))
-            if sequence.params.prompt_logprobs:
+            if sequence.params.prompt_logprobs and work.number not in self.scored:
                 scored.append((at - work.count, work))
         of_prompts = sum(w.count for w in plan.work if w.count > 1 or self.running[w.number].computed == 0)
         phase = 'prefill' if 2 * of_prompts > at else 'decode'
@@ -266,6 +232,9 @@ class Engine:
         hidden = forward(step, self.model, self.cache, self.ops, self.comm, self.layers)
         for row, work in scored:
             self._score(hidden, row, work)
+            sequence = self.running[work.number]
+            if sequence.computed + work.count >= sequence.prompt_tokens:  # once: it may be computed again, or in another way
+                self.scored.add(work.number)
         for work in plan.work:
             self.running[work.number].computed += work.count
             if self.leads:
@@ -334,7 +303,9 @@ class Engine:
         for row, number in last_rows if self.leads else ():
             request = self.requests[number][0]
             if request.params.embedding and request.embedding is None:
-                request.embedding = self.device.to_host(hidden[row:row + 1])[0]
+                request.embedding = np.array(self.device.to_host(hidden[row:row + 1])[0])  # not a view of all of them
+                if not np.isfinite(request.embedding).all():
+                    raise ArithmeticError('the hidden state is not finite: the weights are damaged, or overflow float32')
 
     # ---- one request alone
 
@@ -344,6 +315,7 @@ class Engine:
         `cancelled` is asked on rank 0 with each token; when it says yes, all ranks stop, as they do when rank 0 leaves its
         stream.  The others must consume theirs to the end: they meet in every step.  Raises ConfigError while another is open.
         """
+        self.check()
         if self.streaming:
             raise ConfigError('another stream is open: read it to its end, or close it, before the next request')
         if request.finish_reason is not None:
@@ -358,7 +330,8 @@ class Engine:
         except BaseException:  # nobody knows what was computed
             self.running.clear()
             self.requests.clear()
-            self.cache, self.resting = None, False
+            self.scored.clear()
+            self.cache, self.resting, self.failed = None, False, self.comm.size > 1
             raise
         finally:
             self.streaming = False
@@ -378,7 +351,8 @@ class Engine:
                 break
             self._clock(timing, start, plan)
             if not self.leads:
-                request.tokens += plan.work[0].new_tokens
+                tokens = self.running[plan.work[0].number].tokens
+                request.tokens += tokens[len(request.prompt_tokens) + len(request.tokens):]
         if not self.leads:
             _, last, request.finish_reason = plan.ended[0]
             request.tokens += last
@@ -398,18 +372,22 @@ class Engine:
             log.warning('up to %d tokens on a context of %d: the oldest roll off, attention sees the last %d%s', total,
                         run.context, run.context, f' and the first {run.sinks}' if run.sinks else '')
         blocks = rings_blocks(self.model.groups, total, run.chunk, run.block)
-        if self.cache is None or self.cache.num_blocks < blocks:
+        if self.cache is None:
             self.allocate(blocks, 1)
+        elif self.cache.num_blocks < blocks:  # twice as large, so that a conversation that grows keeps its beginnings
+            longest = max(self.model.config.max_positions, total)
+            most = rings_blocks(self.model.groups, longest, run.chunk, run.block)
+            self.allocate(max(blocks, min(2 * self.cache.num_blocks, most)), 1)
 
     def _clock(self, timing: Timing, start: float, plan: Plan):
         """Note the time after a step: the first token ends the prefill, each later one belongs to decode."""
         now, traffic = perf_counter() - start, self.comm.traffic['all_reduce']
         sequence = self.running[plan.work[0].number]
-        if sequence.computed <= timing.prefill_tokens:
+        if len(sequence.tokens) == timing.prefill_tokens:
             timing.prefill_seconds = now
             timing.before_decode = (traffic.seconds, traffic.bytes)
         else:
-            timing.decode_tokens += 1
+            timing.decode_tokens = len(sequence.tokens) - timing.prefill_tokens
             timing.decode_seconds = now - timing.prefill_seconds
             timing.all_reduce_seconds = traffic.seconds - timing.before_decode[0]
             timing.all_reduce_bytes = traffic.bytes - timing.before_decode[1]

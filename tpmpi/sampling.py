@@ -181,4 +181,7 @@ def token_logprobs(logits, vocab: range, targets: np.ndarray, ops, comm) -> np.n
         message[0], message[1, rows] = ops.best(logits, 1)[0], logits[ops.asarray(rows), ops.asarray(columns)].get()
     gathered = np.empty((comm.size, *message.shape)) if comm.rank == 0 else None
     comm.gather(message, gathered)
-    return None if gathered is None else gathered[:, 1].max(axis=0) - np.logaddexp.reduce(gathered[:, 0], axis=0)
+    if gathered is None:
+        return None
+    _check_finite(gathered[:, 0])
+    return gathered[:, 1].max(axis=0) - np.logaddexp.reduce(gathered[:, 0], axis=0)

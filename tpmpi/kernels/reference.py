@@ -175,7 +175,8 @@ def _stretched(lengths, rope: Rope, xp):
     growth = xp.maximum(factor * lengths / original - (factor - 1), 1) if factor > 1 else xp.ones_like(lengths)
     short = xp.asarray(rope.divisors or (1.0,) * (rope.dim // 2))[None]
     long = xp.asarray(rope.long_divisors)[None] if rope.long_divisors else short
-    return rope.theta * growth ** (rope.dim / (rope.dim - 2)), xp.where(lengths > original, long, short)
+    power = rope.dim / (rope.dim - 2) if factor > 1 else 1.0
+    return rope.theta * growth ** power, xp.where(lengths > original, long, short)
 
 
 def rotate(x, cos, sin):
