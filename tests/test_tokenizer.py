@@ -65,7 +65,7 @@ def test_gives_the_ids_of_transformers(name):
 
 
 @settings(deadline=None)
-@given(any_text)
+@given(any_text.filter(lambda text: '<|' not in text))  # a special token spelled out is that token: see below
 def test_any_text_survives_byte_level_bpe(text):
     for tokenizer in (TINY, OTHER):
         assert tokenizer.decode(tokenizer.encode(text)) == text
