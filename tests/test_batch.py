@@ -376,33 +376,21 @@ def test_a_rank_that_stops_as_work_begins(reciter, tmp_path, monkeypatch, rank):
         assert re.search(rf'tpmpi: no progress for 1 s: rank {rank} on .* did not arrive', job.said), job.said
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-def test_a_rank_whose_file_system_hangs_while_it_loads(reciter, tmp_path, monkeypatch, rank):
+@pytest.mark.parametrize(('rank', 'name', 'value'), [
+    (0, 'TPMPI_TEST_HANGS', '0'), (1, 'TPMPI_TEST_HANGS', '1'),  # while it loads
+    (0, 'TPMPI_TEST_HANGS_IN', 'facts_of'), (0, 'TPMPI_TEST_HANGS_IN', 'close_files'),  # as it opens or closes the files
+])
+def test_a_rank_whose_file_system_hangs(reciter, tmp_path, monkeypatch, rank, name, value):
     """Its other thread still answers: what tells it from those that wait is that it has come to fewer meetings."""
     lines, output = write_lines(tmp_path / 'in.jsonl', reciting(4)), tmp_path / 'out.jsonl'
     options = ('--model', reciter, '--input', lines, '--output', output, '--stall-timeout', 1, '--kernels', 'reference')
     monkeypatch.setenv('TPMPI_TEST_LOAD_SECONDS', '4')
-    monkeypatch.setenv('TPMPI_TEST_HANGS', str(rank))
+    monkeypatch.setenv(name, value)
     with Job(3, *options) as job:
         job.wait_for_ranks()
         assert job.end(40) != 0
         assert re.search(rf'tpmpi: no progress for 4 s: rank {rank} on .* did not arrive', job.said), job.said
-    monkeypatch.delenv('TPMPI_TEST_HANGS')
-    batch(3, *options)
-    assert is_recited(records(output), 4)
-
-
-@pytest.mark.parametrize('function', ['facts_of', 'close_files'])
-def test_a_file_system_that_hangs_as_rank_0_opens_or_closes(reciter, tmp_path, monkeypatch, function):
-    lines, output = write_lines(tmp_path / 'in.jsonl', reciting(4)), tmp_path / 'out.jsonl'
-    options = ('--model', reciter, '--input', lines, '--output', output, '--stall-timeout', 1, '--kernels', 'reference')
-    monkeypatch.setenv('TPMPI_TEST_LOAD_SECONDS', '4')
-    monkeypatch.setenv('TPMPI_TEST_HANGS_IN', function)
-    with Job(3, *options) as job:
-        job.wait_for_ranks()
-        assert job.end(40) != 0
-        assert re.search(r'tpmpi: no progress for 4 s: rank 0 on .* did not arrive', job.said), job.said
-    monkeypatch.delenv('TPMPI_TEST_HANGS_IN')
+    monkeypatch.delenv(name)
     batch(3, *options)
     assert is_recited(records(output), 4)
 

@@ -326,7 +326,8 @@ def test_a_pipe_is_refused_at_once(tmp_path, linked):
 def test_a_linked_file_is_read(tmp_path):
     tiny.write_model(tmp_path / 'real.h5', CONFIG)
     (tmp_path / 'model.h5').symlink_to('real.h5')
-    load_all(tmp_path / 'model.h5')
+    with CheckpointReader(tmp_path / 'model.h5') as linked, CheckpointReader(tmp_path / 'real.h5') as real:
+        assert linked.config == real.config == CONFIG
 
 
 def test_the_numbers_of_a_group_may_be_any(tmp_path):

@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if value is not None and value < 1:
             p.error(f'--{name.replace("_", "-")} is {value}; expected at least 1')
     options.report = options.report or options.output + '.report.json'
-    beside = [options.output + suffix for suffix in ('.journal', '.lease', '.journal.tpmpi-new', '.tpmpi-new')]
+    beside = [os.path.realpath(options.output) + suffix for suffix in ('.journal', '.lease', '.journal.tpmpi-new', '.tpmpi-new')]
     files = [options.model, options.input, options.output, options.report, options.arrays, *beside]
     files = [os.path.realpath(f) for f in files if f is not None]
     if len(set(files)) < len(files):

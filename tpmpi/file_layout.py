@@ -159,8 +159,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with h5py.File(path, 'r', locking=False) as file:
         def add(name: str, thing: h5py.HLObject):
-            of_thing = {} if isinstance(thing, h5py.Group) and name != 'config' else attributes(
-                thing, None if name == 'config' else ('crc32',))
+            of_thing = attributes(thing, ('crc32',) if isinstance(thing, h5py.Dataset) else None)
             if isinstance(thing, h5py.Dataset):
                 of_thing |= {'shape': thing.shape, 'type': thing.dtype.str}
                 if 'crc32' not in of_thing and thing.id.get_offset() is not None:

@@ -127,10 +127,9 @@ def start(threads: int | None = None) -> Session:
     comm = mpi.Communicator()
     launch.check_world(comm.size)
     number = isinstance(threads, Integral) and not isinstance(threads, bool)
-    if threads is None or number and 1 <= threads <= MOST_THREADS:
-        comm.agree(None)
-    else:
-        comm.agree(launch.LaunchError(f'threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}'))
+    valid = threads is None or number and 1 <= threads <= MOST_THREADS
+    comm.agree(None if valid else launch.LaunchError(
+        f'threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}'))
     local_rank, masks = comm.exchange_on_node(launch.cores())
     threads = int(threads or launch.fair_threads(masks, local_rank, launch.cpu_quota(), os.environ))
     launch.set_blas_threads(threads)

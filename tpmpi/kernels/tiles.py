@@ -98,7 +98,7 @@ class Emit:
         """a * b + c, in one rounding where the CPU has that."""
         return self.call(f'llvm.fmuladd.v{WIDTH}f32', a, b, c)
 
-    def here(self, value):
+    def in_order(self, value):
         """value, as an assembler instruction of no length gives it: LLVM leaves a chain of sums of integers as it stands.
 
         It would add the products of several steps up first, and keep on the stack what has no register meanwhile.
@@ -111,7 +111,7 @@ class Emit:
             return self.call(f'llvm.x86.avx512.vpdpwssd.{32 * WIDTH}', total, a, b)
         a, b = self.b.bitcast(a, VH), self.b.bitcast(b, VH)
         if X86:
-            return self.here(self.b.add(total, self.call(PMADDWD, a, b, result=VI)))
+            return self.in_order(self.b.add(total, self.call(PMADDWD, a, b, result=VI)))
         wide = ir.VectorType(I32, 2 * WIDTH)
         product = self.b.mul(self.b.sext(a, wide), self.b.sext(b, wide))
         nothing = ir.Constant(wide, ir.Undefined)
