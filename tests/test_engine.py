@@ -284,7 +284,7 @@ def test_a_batch_of_one_has_a_cache_for_any_text_that_rolls(models, context, chu
     """As batch.cache_blocks counts it: a text that is longer than all lengths it knows rolls within it."""
     def work(comm):
         engine = engine_on(comm, models['nine_heads'][0], RunConfig(context=context, chunk=chunk, sinks=sinks, block=block))
-        blocks = rings_blocks(engine.model.groups, longest(engine), chunk, block)
+        blocks = rings_blocks(engine.model.groups, longest(engine.model.config, engine.run), chunk, block)
         return [rings_blocks(engine.model.groups, total, chunk, block) <= blocks for total in range(1, 9 * context)]
 
     assert all(on_threads(1, work)[0])

@@ -17,7 +17,18 @@ from time import perf_counter
 
 import tpmpi
 from tpmpi import api, session
-from tpmpi.config import ACTIVATION_DTYPES, COLLECTIVES, CUDA_GRAPHS, DEVICES, KERNELS, KV_DTYPES, STORED_KINDS, ConfigError
+from tpmpi.config import (
+    ACTIVATION_DTYPES,
+    COLLECTIVES,
+    CUDA_GRAPHS,
+    DEVICES,
+    KERNELS,
+    KV_DTYPES,
+    STORED_KINDS,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+)
 
 STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
 MAX_SEQUENCES = 64
@@ -183,11 +194,11 @@ def load(s: session.Session, options: argparse.Namespace):
     return llm, group, replica
 
 
-def longest(engine) -> int:
+def longest(config: ModelConfig, run: RunConfig) -> int:
     """Tokens of a text that takes as much of the cache as any: with a context one that rolls on, however long."""
-    run, positions = engine.run, engine.model.config.max_positions
-    rolling = 0 if run.context is None else 4 * (run.context + run.sinks + run.chunk + run.block)
-    return max(positions + run.sinks + run.chunk, rolling)
+    from tpmpi.kv_cache import rolling_tokens
+    rolling = 0 if run.context is None else rolling_tokens(run.context, run.sinks, run.chunk, run.block)
+    return max(config.max_positions + run.sinks + run.chunk, rolling)
 
 
 def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, group) -> int:
@@ -205,7 +216,7 @@ def cache_blocks(s: session.Session, options: argparse.Namespace, llm: api.LLM, 
         free, sharers = s.agreed(engine.device.free_bytes), sum(identity == gpu.identity for _, identity in on_node)
     given = s.agreed(lambda: kv_bytes_per_rank(options.kv_memory, sharers, free))
     each = block_bytes(config, model.shard, model.groups, run.block, engine.ops, run.kv_dtype)
-    most = options.max_sequences * rings_blocks(model.groups, longest(engine), run.chunk, run.block)
+    most = options.max_sequences * rings_blocks(model.groups, longest(config, run), run.chunk, run.block)
     blocks = min(group.exchange(min(most, given // each if each else most)))
 
     def check():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpmpi.config import ModelConfig
-from tpmpi.kv_cache import arrays_of, layer_groups, rings_blocks
+from tpmpi.kv_cache import arrays_of, layer_groups, rings_blocks, rolling_tokens
 from tpmpi.model_shard import view
 from tpmpi.sharding import Shard, rank_rows, target_kind, tensor_specs
 from tpmpi.weights import part_shapes
@@ -38,7 +38,7 @@ def cache_bytes(config: ModelConfig, shard: Shard, context: int | None, chunk: i
                 sinks: int = 0) -> int:
     """Bytes of a rank's cache for one request: of `context` tokens that roll on, or of one chunk where none is given."""
     groups = layer_groups([view(config.layer_window(i), context, sinks) for i in range(config.num_layers)])
-    total = min(chunk, config.max_positions) if context is None else 4 * (context + sinks + chunk + block)  # so it rolls
+    total = min(chunk, config.max_positions) if context is None else rolling_tokens(context, sinks, chunk, block)
     each = 2 * len(shard.kv_heads) * block * config.head_dim * (4 if kv_dtype == 'float32' else 2)
     return rings_blocks(groups, total, chunk, block) * arrays_of(groups) * each
 

@@ -213,6 +213,11 @@ def ring_blocks(total: int, window: int | None, chunk: int, block: int, sinks: i
     return (ring, True) if window is not None and ring < whole else (whole, False)
 
 
+def rolling_tokens(context: int, sinks: int, chunk: int, block: int) -> int:
+    """Tokens of a text so long that its rings turn: a longer one takes no more of the cache."""
+    return 4 * (context + sinks + chunk + block)
+
+
 def rings_blocks(groups: tuple[LayerGroup, ...], total: int, chunk: int, block: int) -> int:
     """Blocks that a request of `total` tokens needs in all groups together."""
     return sum(ring_blocks(total, group.window, chunk, block, group.sinks)[0] for group in groups)
