@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import h5py
@@ -56,9 +58,13 @@ def log_softmax(x):
 @pytest.fixture(scope='module')
 def chat(tmp_path_factory):
     """A model with a chat template: (path, config, whole tensors)."""
-    path, config = tmp_path_factory.mktemp('chat') / 'chat.h5', tiny.NINE_HEADS
+    return write_chat_model(tmp_path_factory.mktemp('chat') / 'chat.h5', TEMPLATE)
+
+
+def write_chat_model(path, template):
+    config = tiny.NINE_HEADS
     tensors = tiny.random_tensors(config)
-    tokenizer = TokenizerData(tiny.byte_tokenizer(), TEMPLATE)
+    tokenizer = TokenizerData(tiny.byte_tokenizer(), template)
     with CheckpointWriter(path, config, dict.fromkeys(tensors, 'float32'), tokenizer, {}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, encode(tensor, 'float32', writer.specs[name].group_axis))
@@ -264,6 +270,34 @@ def test_all_replicas_work_until_nothing_is_left(reciter, tmp_path, size, replic
     busy = [sum(rank['seconds'][name] for name in ('prefill', 'decode', 'scheduling', 'waiting')) for rank in figures['ranks']]
     assert all(rank['steps'] > 50 for rank in figures['ranks'])
     assert min(busy) > 0.5 * figures['run_seconds'], figures
+
+
+def test_the_date_in_prompts_is_that_of_the_first_run(tmp_path):
+    path, config, tensors = write_chat_model(tmp_path / 'chat.h5', '{{ messages[0].content }} {{ strftime_now("%Y-%m-%d") }}')
+    requests = [{'id': i, 'messages': [{'role': 'user', 'content': f'{i}'}]} for i in range(5)]
+    output, journal = tmp_path / 'out.jsonl', tmp_path / 'out.jsonl.journal'
+
+    def run(count: int, size: int, replicas: int) -> None:
+        lines = write_lines(tmp_path / 'in.jsonl', requests[:count])
+        batch(size, '--model', path, '--input', lines, '--output', output, '--replicas', replicas, '--max-new-tokens', 3)
+
+    def answer(prompt: str) -> list[int]:
+        tokens = tiny.byte_ids(prompt)
+        for _ in range(3):
+            tokens.append(int(tiny.oracle_logits(tensors, config, tokens)[-1].argmax()))
+        return tokens[-3:]
+
+    days = [datetime.now().date()]
+    run(1, 1, 1)
+    days.append(datetime.now().date())
+    assert records(output)[0]['tokens'] in [answer(f'0 {day}') for day in days]
+    first = json.loads(journal.read_text())
+    assert datetime.fromisoformat(first['began']).date() in days
+    journal.write_text(json.dumps(first | {'began': '2001-02-03T04:05:06'}) + '\n')  # it was begun long ago
+    run(5, 3, 2)
+    found = {record['id']: record['tokens'] for record in records(output)}
+    assert found.keys() == set(range(5)) and all(found[i] == answer(f'{i} 2001-02-03') for i in range(1, 5))
+    assert json.loads(journal.read_text())['began'] == '2001-02-03T04:05:06'
 
 
 def test_a_batch_that_is_done_loads_no_model(nine_heads, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 import tracemalloc
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_a_batch_in_two_runs(tmp_path):
     results.finish(2, '{"line": 2}')
     results.close(complete=True)
     results.close(complete=True)
-    assert json.loads(beside(output, 'journal').read_text()) == {'tpmpi_journal': 1, 'facts': FACTS}
+    began = results.began.isoformat()
+    assert json.loads(beside(output, 'journal').read_text()) == {'tpmpi_journal': 1, 'began': began, 'facts': FACTS}
     assert sorted(tmp_path.iterdir()) == [output, beside(output, 'journal')]
     records, unfinished = opened(output)
     assert [record['line'] for record in records] == [1, 0, 2] and unfinished == {}
@@ -247,8 +249,24 @@ def test_an_output_that_was_moved_away_may_be_begun_anew(tmp_path):
     results.finish(0, '{"line": 0}')
     results.close(complete=True)
     output.unlink()
+    header = json.loads(beside(output, 'journal').read_text())
+    beside(output, 'journal').write_text(json.dumps(header | {'began': '2001-02-03T04:05:06'}) + '\n')
     Results(output, {'model': 'n'}).close(complete=False)
-    assert json.loads(beside(output, 'journal').read_text())['facts'] == {'model': 'n'}
+    header = json.loads(beside(output, 'journal').read_text())
+    assert header['facts'] == {'model': 'n'} and datetime.fromisoformat(header['began']).year > 2001
+
+
+@pytest.mark.parametrize('began', [{}, {'began': None}, {'began': 5}, {'began': 'yesterday'}])
+def test_a_journal_without_its_beginning(tmp_path, began):
+    output = tmp_path / 'out.jsonl'
+    results = Results(output, FACTS)
+    results.progress(3, [5])
+    results.close(complete=False)
+    first, rest = beside(output, 'journal').read_text().split('\n', 1)
+    header = {name: value for name, value in json.loads(first).items() if name != 'began'} | began
+    beside(output, 'journal').write_text(json.dumps(header) + '\n' + rest)
+    assert opened(output) == ([], {3: [5]})
+    assert datetime.fromisoformat(json.loads(beside(output, 'journal').read_text().split('\n')[0])['began']).year > 2001
 
 
 def test_files_of_others(tmp_path):

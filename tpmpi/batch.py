@@ -260,6 +260,9 @@ def run(s: session.Session, options: argparse.Namespace, defaults, files, start:
     loaded = perf_counter()
     if s.comm.share(queue is None or queue.left > 0):  # otherwise there is nothing to load a model for
         llm, group, number = load(s, options)
+        began_first = s.comm.share(None if queue is None else files[1].began)
+        if llm.tokenizer is not None:
+            llm.tokenizer.now = began_first  # a template that writes the date writes the same one after a restart
         engine, blocks = llm.engine, cache_blocks(s, options, llm, group)
         s.agreed(engine.allocate, blocks, options.max_sequences)
         energy = Energy() if s.local_rank == 0 else None

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from datetime import datetime
 
 import jinja2
 from jinja2 import ext, filters, nodes
@@ -50,9 +51,13 @@ class ChatTemplate:
         except Exception as error:
             raise ChatTemplateError(f'the chat template is broken: {error}') from error
 
-    def render(self, variables: Mapping) -> str:
-        """The text of a chat.  Raises ChatTemplateError when the template fails, refuses the chat or goes too far."""
+    def render(self, variables: Mapping, now: datetime | None = None) -> str:
+        """The text of a chat.  now: what the template takes for the present.
+
+        Raises ChatTemplateError when the template fails, refuses the chat or goes too far.
+        """
         with self._lock:  # one budget, one rendering
+            self._budget.now = now
             self._budget.start(size(variables, 1 << 40))
             try:
                 return self._template.render(variables)
@@ -63,9 +68,10 @@ class ChatTemplate:
 
 
 class Budget:
-    """What one rendering may still do.  It bounds the memory and, as each step is short, the time."""
+    """What one rendering may still do, and its present.  It bounds the memory and, as each step is short, the time."""
 
     def __init__(self):
+        self.now: datetime | None = None
         self.start(0)
 
     def start(self, characters: int) -> None:
@@ -153,10 +159,11 @@ def raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def strftime_now(format):
+@jinja2.pass_environment
+def strftime_now(environment, format):
     if len(format) > 100 or re.search('%[^a-zA-Z%]{2}', format):
         raise jinja2.TemplateError('strftime_now() with a format of more than 100 characters, or with a width')
-    return time.strftime(format)
+    return (environment.budget.now or datetime.now()).strftime(format)
 
 
 class Namespace(jinja2.utils.Namespace):

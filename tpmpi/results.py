@@ -1,7 +1,7 @@
 """The output file of a batch, safe against crashes: finished lines, appended once, and a journal of unfinished ones.
 
     out.jsonl          one record a line, in the order in which requests finish
-    out.jsonl.journal  {"tpmpi_journal": 1, "facts": …}, then {"line": 3, "from": 0, "tokens": [5, 7]} and so on
+    out.jsonl.journal  {"tpmpi_journal": 1, "began": …, "facts": …}, then {"line": 3, "from": 0, "tokens": [5, 7]} and so on
     out.jsonl.lease    names the process that writes, see tpmpi.lease
 
 A thread brings both to disk: first the lease is checked, then records are appended and synced, then the journal.  So
@@ -20,6 +20,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Results:
     hung_seconds: how long a write may take before `check` says that the disk does not answer.
     meanwhile: called again and again where the constructor, `existing`, `flush` or `close` may take long.
 
+    began: when the first run that found nothing done began, local time without a zone: a date in a prompt stays the same.
     unfinished: line number -> the tokens that the journal had at the opening, but for lines finished or forgotten since.
 
     The constructor cuts a torn last line.  It raises ResultsError where the output cannot be written, another process
@@ -58,7 +60,8 @@ class Results:
         output = os.path.realpath(output) if os.path.islink(output) else output  # its lease must be one for all links
         self.output = Path(output)
         self.unfinished: dict[int, list[int]] = {}
-        self._header = json.dumps({'tpmpi_journal': VERSION, 'facts': facts}).encode() + b'\n'
+        self.began = datetime.now().replace(microsecond=0)
+        self._facts = facts
         self._lease, self._meanwhile = Lease(f'{output}.lease', stale_seconds, meanwhile), meanwhile
         self._results, self._journal = Lines(self.output), Lines(Path(f'{output}.journal'))
         self._sync_seconds, self._hung_seconds = sync_seconds, hung_seconds
@@ -176,12 +179,14 @@ class Results:
                 raise ResultsError(f'cannot write {self.output}: it is no regular file; choose another --output')
         self._lease.acquire()
         empty = self._results.open(os.O_CREAT) == 0
-        former = self._load()
-        if former is None and not empty:
+        header = self._load()
+        if header is None and not empty:
             raise ResultsError(f'{self.output} holds results that were not written by tpmpi.batch, or its journal '
                                f'{self._journal.path} is gone; move it away, or choose another --output')
-        if former is not None and not (empty and not self._tokens):
-            self._compare(former, json.loads(self._header)['facts'], same)
+        if header is not None and not (empty and not self._tokens):
+            self._compare(header['facts'], json.loads(json.dumps(self._facts)), same)
+            with contextlib.suppress(TypeError, ValueError):  # of a version that did not write it
+                self.began = datetime.fromisoformat(header.get('began'))
         if self._lease.may_live:  # the former process may wake up within a write: it shall not find this file
             self._results.replace(self._results.blocks(), self._beat)
         else:
@@ -190,13 +195,17 @@ class Results:
         self._saved = {line: len(tokens) for line, tokens in self._tokens.items()}
         self.unfinished = {line: tokens.tolist() for line, tokens in self._tokens.items()}
 
+    @property
+    def _header(self) -> bytes:
+        return json.dumps({'tpmpi_journal': VERSION, 'began': self.began.isoformat(), 'facts': self._facts}).encode() + b'\n'
+
     def _beat(self) -> None:
         """Of the lease, in the caller's thread."""
         self._meanwhile()
         self._lease.beat()
 
     def _load(self) -> dict | None:
-        """Reads the journal into `_tokens`, as far as it fits together, and returns its facts; None without one."""
+        """Reads the journal into `_tokens`, as far as it fits together, and returns its first line; None without one."""
         try:
             self._journal.open()
         except FileNotFoundError:
@@ -207,10 +216,10 @@ class Results:
             return None
         try:
             header = json.loads(first)
-            facts = header['facts'] if header['tpmpi_journal'] == VERSION else None
+            known = header['tpmpi_journal'] == VERSION and isinstance(header['facts'], dict)
         except (ValueError, TypeError, KeyError, RecursionError):
-            facts = None
-        if not isinstance(facts, dict):
+            known = False
+        if not known:
             raise ResultsError(f'{self._journal.path} is not a journal of this version of tpmpi.batch; move it and '
                                f'{self.output} away, or choose another --output')
         for entry in lines:
@@ -222,7 +231,7 @@ class Results:
                     self._tokens[line] = tokens
                 elif start == len(self._tokens[line]):
                     self._tokens[line].extend(tokens)
-        return facts
+        return header
 
     def _compare(self, former: dict, facts: dict, same: Callable[[Any, Any], str | None] | None) -> None:
         """Raises ResultsError when the output was begun with other facts."""

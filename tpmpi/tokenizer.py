@@ -13,6 +13,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 
 import tokenizers
 
@@ -39,6 +40,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(map(int, eos_token_ids))  # each ends a text; the first is the tokenizer's own
         self._added = self._backend.get_added_tokens_decoder()
+        self.now: datetime | None = None  # what a chat template takes for the present; None: the clock's time
         self._template = None  # compiled when it is first used
 
     @property
@@ -91,7 +93,7 @@ class Tokenizer:
         try:
             if self._template is None:
                 self._template = ChatTemplate(self.chat_template)
-            return self._template.render(variables)
+            return self._template.render(variables, self.now)
         except ChatTemplateError as error:
             raise TokenizerError(str(error)) from error
 
