@@ -25,14 +25,16 @@ def job(tmp_path):
     program(tmp_path / 'bin' / 'mpirun', 'shift 2; exec "$@"\n')
     program(tmp_path / 'bin' / 'scontrol', 'if [ "$1" = requeue ]; then touch requeued; else echo JobState=RUNNING; fi\n')
 
-    def run(does: str, *arguments):
+    def run(does: str, *arguments, err: str = 'job-7.err'):
         program(tmp_path / 'bin' / 'batch', f'echo tpmpi: at work >&2\n{does}\n')
         env = os.environ | {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'TPMPI_LAUNCHER': 'mpirun', 'SLURM_NTASKS': '1',
                             'SLURM_JOB_ID': '7', 'SLURM_JOB_NAME': 'job', 'PYTHON': 'batch'}
         env.pop('SLURM_ARRAY_TASK_ID', None)
         arguments = arguments or ('--output', 'out.jsonl')
-        done = subprocess.run(['bash', SCRIPT, '--input', 'in.jsonl', *arguments], cwd=tmp_path, env=env, timeout=30,
-                              stdin=subprocess.DEVNULL)
+        (tmp_path / 'requeued').unlink(missing_ok=True)
+        with open(tmp_path / err, 'a') as err:
+            done = subprocess.run(['bash', SCRIPT, '--input', 'in.jsonl', *arguments], cwd=tmp_path, env=env, timeout=30,
+                                  stdin=subprocess.DEVNULL, stderr=err)
         return done.returncode, (tmp_path / 'requeued').exists()
 
     run.folder = tmp_path
@@ -58,6 +60,16 @@ def test_a_report_of_another_name(job, arguments):
 
 def test_a_run_that_was_stopped_in_time_is_queued_again(job):
     assert job(report(False) + '; exit 75') == (75, True)
+
+
+def test_a_job_that_never_gains_a_token_does_not_come_back_for_ever(job):
+    assert [job('exit 75') for _ in range(6)] == [(75, True)] * 4 + [(75, False)] * 2
+    assert 'give the job more --time' in (job.folder / 'job-7.err').read_text()
+    assert job('echo "{}" >> out.jsonl; exit 75') == (75, True)
+
+
+def test_a_job_whose_messages_lie_elsewhere_comes_back(job):
+    assert [job('exit 75', err='elsewhere') for _ in range(6)] == [(75, True)] * 6
 
 
 @pytest.mark.parametrize(('tokens', 'again'), [([1, 2, 3, 4], False), ([1, 2, 3, 4, 5], True)])
