@@ -42,6 +42,52 @@ if llm.rank == 1:
     raise KeyError('a mistake in the script')
 llm.generate('x')
 '''
+FAILING_WITHIN = '''
+import sys, tpmpi
+with tpmpi.load(sys.argv[1], threads=1) as llm:
+    if llm.rank == 1:
+        raise KeyError('a mistake in the script')
+    llm.generate('x')
+'''
+MODELS = '''
+import json, os, sys, threading, tpmpi
+from pathlib import Path
+
+def shared_mappings():
+    return sum(line.split()[1].endswith('s') for line in Path('/proc/self/maps').read_text().splitlines())
+
+def watchmen():
+    return sum(b'watchman' in Path('/proc', pid, 'cmdline').read_bytes() for pid in os.listdir('/proc') if pid.isdigit()
+               and Path('/proc', pid, 'stat').read_text().rpartition(')')[2].split()[1] == str(os.getpid()))
+
+def load(model, **more):
+    try:
+        return tpmpi.load(model, **more)
+    except ValueError as error:
+        return str(error)
+
+first, second = tpmpi.load(sys.argv[1], threads=1), tpmpi.load(sys.argv[2])
+before = shared_mappings()
+found = [load('nothing.h5'), load(sys.argv[1], threads=2)]
+for _ in range(3):
+    with tpmpi.load(sys.argv[1], weights='bfloat16') as third:
+        stream = third.stream('x')
+        found += [first.generate('x').text, second.generate([5], max_new_tokens=3).tokens, third.generate('日').text]
+        pieces = [next(stream, None)]
+        try:
+            third.close()
+        except ValueError as error:
+            found.append(str(error))
+        found.append([*pieces, *stream])
+    third.close()
+    for call in (lambda: third.generate('x'), lambda: next(third.stream('x'))):
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+if first.rank == 0:
+    print(json.dumps([found, shared_mappings() - before, watchmen(), sum(t.name == 'watch' for t in threading.enumerate())]))
+'''
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +136,25 @@ def test_arguments_mean_what_they_say_or_are_refused(reciter, size):
     assert dict(zip(expected, json.loads(done.stdout), strict=True)) == expected
 
 
-def test_a_script_that_fails_on_one_rank_ends_them_all(reciter):
-    done = run_ranks(2, '-c', FAILING, reciter, timeout=30)
+@pytest.mark.parametrize('size', [1, 2])
+def test_models_beside_each_other(models, reciter, size):
+    path, config, tensors = models['nine_heads']
+    tokens = [5]
+    for _ in range(3):
+        tokens.append(int(tiny.oracle_logits(tensors, config, tokens)[-1].argmax()))
+    done = run_ranks(size, '-c', MODELS, reciter, path)
+    assert done.returncode == 0, done.stderr
+    found, mappings, watchmen, threads = json.loads(done.stdout)
+    closed = 'the model is closed; load it again'
+    assert 'nothing.h5' in found[0]
+    assert found[1:] == ['threads is 2, and the first model of this script was loaded with 1; leave it out'] + 3 * [
+        'é日🎉!', tokens[1:], '🎉!', 'a stream is open: read it to its end, or close it, before the model',
+        ['é', '日', '🎉', '!'], closed, closed]
+    assert (mappings, watchmen, threads) == (0, size > 1, size > 1)
+
+
+@pytest.mark.parametrize('script', [FAILING, FAILING_WITHIN])
+def test_a_script_that_fails_on_one_rank_ends_them_all(reciter, script):
+    done = run_ranks(2, '-c', script, reciter, timeout=30)
     assert done.returncode != 0
     assert sum(line.startswith('tpmpi: rank 1 ') for line in done.stderr.splitlines()) == 1, done.stderr

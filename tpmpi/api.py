@@ -21,8 +21,6 @@ import operator
 import os
 import reprlib
 import secrets
-import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from numbers import Integral
@@ -48,10 +46,14 @@ def bundled_model() -> Path:
 
 
 class LLM:
-    """A model, loaded on all ranks.  Every rank calls the same methods with the same arguments."""
+    """A model, loaded on all ranks.  Every rank calls the same methods with the same arguments.
+
+    `close`, or the end of a `with` block, gives its memory back; a script may have several models beside each other.
+    """
 
     def __init__(self, session, engine, tracer=None):
         self.session, self.engine, self.tracer = session, engine, tracer
+        self.comm = None  # its own communicator, where it has one
         self.config, self.tokenizer = engine.model.config, engine.tokenizer
         self.requests = 0
 
@@ -97,13 +99,27 @@ class LLM:
         """The text of a prompt's continuation, piece by piece, on rank 0; every rank must consume its stream."""
         yield from self.engine.stream(self.request(prompt, **params))
 
+    def close(self) -> None:
+        """Give the weights, the cache and what is shared with other ranks back.  A collective call; a second one does nothing."""
+        self.engine.close()
+        comm, self.comm = self.comm, None
+        if comm is not None:
+            _close(comm)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None or self.session.comm.size == 1:  # an error may be this rank's alone: the others would wait
+            self.close()
+
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
          kv: str | None = None, chunk: int = 512, block: int = 64, verify: bool = False, weights: str | None = None,
          kernels: str = 'auto', activations: str = 'float32', share_prefixes: bool = True, sinks: int = 0,
          collective: str = 'auto', share_gpu: bool = False, cuda_graphs: str = 'auto', session=None, group=None,
          tracing: bool = False) -> LLM:
-    """Load this rank's shard of a model file, or of random_model.RandomReader, on every rank.
+    """Load this rank's shard of a model file, or of random_model.RandomReader, on every rank.  A collective call.
 
     context: positions that attention sees, older ones roll off; None holds the whole request.  sinks: first tokens that
     it sees besides (Xiao et al. 2024).  threads: per rank, None for a fair share of the cores.  kv: 'float32' or
@@ -115,23 +131,19 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     share_prefixes: prompts that begin alike are computed once.  collective: 'mpi', 'staged', 'nccl' or 'auto', how sums of
     GPU memory go (collectives.py).  share_gpu: several ranks may compute on one GPU.  cuda_graphs:
     'off' launches a GPU's kernels one by one, 'auto' those of a step of decode together.  group: the communicator of
-    the ranks that share this copy of the model, where not all of the session's ranks do.
+    the ranks that share this copy of the model, where not all of the session's ranks do; with it, or with a session, the
+    communicator is the caller's, else the model's own.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
-    if session is None:
-        session = sessions.start(threads)
-        sys.excepthook = _end_all_ranks(session, sys.excepthook)
-        session.watch.where = lambda: (0, session.comm.entered)
-        atexit.register(session.watch.close)
-    # imported late: NumPy must find the number of BLAS threads set
-    from tpmpi.checkpoint import CheckpointReader
-    from tpmpi.engine import Engine
-    from tpmpi.model_shard import load_model, matrix_kinds
-    from tpmpi.sharding import shard
-
+    if own := session is None:
+        session = sessions.of_script(threads)
+        group = session.comm.split(0)  # models beside each other do not meet
+        session.watch.where = lambda: (0, session.comm.entered_in_all)
     comm = session.comm if group is None else group
 
     def open_all():
+        from tpmpi.checkpoint import CheckpointReader  # late: NumPy must find the number of BLAS threads set
+        from tpmpi.model_shard import matrix_kinds
         run = RunConfig(None if context is None else _whole('context', context), _whole('chunk', chunk), _whole('block', block),
                         share_prefixes, kv_dtype='float32' if kv is None else kv, device=device, verify=verify, weights=weights,
                         kernels=kernels, activations=activations, sinks=_whole('sinks', sinks), collective=collective,
@@ -143,23 +155,34 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
             raise ConfigError(f'context is {context}; the model was trained for {reader.config.max_positions} positions')
         return run, reader, _tokenizer(reader) if comm.rank == 0 else None
 
+    try:
+        llm = _load(session, comm, open_all, tracing)
+    except mpi.GroupError:  # known to all ranks, so that they all come here
+        if own:
+            _close(comm)
+        raise
+    llm.comm = comm if own else None
+    return llm
+
+
+def _load(session, comm, open_all, tracing: bool) -> LLM:
+    """What `load` does once it knows the communicator.  open_all: gives what is to run, the reader, and the tokenizer."""
     session.watch.phase = 'load'
     run, reader, tokenizer = session.agreed(open_all)
+    from tpmpi.engine import Engine
+    from tpmpi.model_shard import load_model, matrix_kinds
+    from tpmpi.sharding import shard
     _return_freed_memory()
     with reader:
         session.agreed(_check_same_model, session.comm.exchange((reader.config, reader.length)))
         opened, sharers = _open_device(session, run)
         part = shard(reader.config, comm.rank, comm.size)
         session.agreed(_check_memory, opened, sharers, reader, part, run)
-        _close_carrier(comm)  # of a model that was loaded before
-        if comm.shared is not None:
-            comm.shared.close()
-            comm.shared = None
         comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
-        atexit.register(_close_carrier, comm)
-        ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, weights))
+        atexit.register(comm.close_carrier)
+        ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, run.weights))
         comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size, ops)
-        model = session.agreed(load_model, reader, part, ops, run.context, verify, opened.xp, weights, run.sinks,
+        model = session.agreed(load_model, reader, part, ops, run.context, run.verify, opened.xp, run.weights, run.sinks,
                                session.comm.while_waiting)
     _keep_freed_memory()
     tracer = None
@@ -174,6 +197,11 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
             tracer.phase = phase
 
     return LLM(session, Engine(model, tokenizer, opened, ops, comm, run, on_phase), tracer)
+
+
+def _close(comm) -> None:
+    atexit.unregister(comm.close_carrier)
+    comm.close()
 
 
 def _token_ids(prompt) -> list[int]:
@@ -269,13 +297,6 @@ def _shared_sums(comm, run: RunConfig, opened, hidden: int, ops):
     return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden, ops.sum_parts)
 
 
-def _close_carrier(comm) -> None:
-    carrier, comm.carrier = comm.carrier, None
-    if carrier is not None:
-        with contextlib.suppress(RuntimeError):  # the GPU is lost, and that was said
-            carrier.close()
-
-
 def _kernels(session, run: RunConfig, device, config, kinds: set[str]):
     """The kernel set of this run, ready: children of the ranks of each node share the compiling of what its cache lacks."""
     ops = session.agreed(_choose_kernels, session, run, device)
@@ -347,16 +368,3 @@ def _check_same_model(seen: list) -> None:
         if facts != seen[0]:
             raise ConfigError(f'rank {rank} found another model file under this name than rank 0; '
                               f'copy the same file to all nodes')
-
-
-def _end_all_ranks(session, before):
-    """An uncaught exception on one rank of a script must not leave the others waiting."""
-    def hook(kind, error, trace):
-        if before is sys.__excepthook__:  # which writes piece by piece, and another rank's words would come between
-            sys.stderr.write(''.join(traceback.format_exception(kind, error, trace)))
-            sys.stderr.flush()
-        else:
-            before(kind, error, trace)
-        if session.comm.size > 1:
-            session.watch.failed(error)
-    return hook

@@ -6,6 +6,7 @@ BLAS threads, before NumPy starts them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Communicator:
         self.carrier, self.shared = carrier, None
         self.traffic = {name: Traffic() for name in ('all_reduce', 'gather', 'broadcast')}
         self.entered = 0  # collectives that this rank has begun: a rank with fewer is one that the others wait for
+        self.parts: list[Communicator] = []  # that were split from this one
         self.while_waiting: Callable[[], object] = lambda: None  # called now and then while it waits asleep, or loads
 
     def all_reduce(self, x) -> None:
@@ -166,7 +168,28 @@ class Communicator:
 
         It has no carrier yet: NCCL's is of one group of ranks.
         """
-        return Communicator(self.mpi_comm.Split(group))
+        self.parts.append(Communicator(self.mpi_comm.Split(group)))
+        return self.parts[-1]
+
+    @property
+    def entered_in_all(self) -> int:
+        """Collectives that this rank has begun, in this communicator and those split from it."""
+        return self.entered + sum(part.entered_in_all for part in self.parts)
+
+    def close_carrier(self) -> None:
+        """Device memory is not summed any more."""
+        carrier, self.carrier = self.carrier, None
+        if carrier is not None:
+            with contextlib.suppress(RuntimeError):  # the GPU is lost, and that was said
+                carrier.close()
+
+    def close(self) -> None:
+        """Give back what sums take, and the communicator itself; collective, and the last call."""
+        self.close_carrier()
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
+        self.mpi_comm.Free()
 
     def memory_kinds(self) -> str | None:
         """The kinds of memory that MPI 4.1 says it can take, such as 'mpi,system,cuda:device'; None where it says nothing."""

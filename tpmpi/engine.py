@@ -134,8 +134,16 @@ class Engine:
             most = config.max_positions
         return max(0, min(most, config.learned_positions or most) - len(prompt_tokens))
 
+    def close(self) -> None:
+        """Let go of weights and cache.  Raises ConfigError while a stream is open."""
+        if self.streaming:
+            raise ConfigError('a stream is open: read it to its end, or close it, before the model')
+        self.model = self.cache = self.scheduler = None
+
     def check(self) -> None:
-        """Raises ConfigError where an error has left the ranks in the middle of a step, each somewhere else."""
+        """Raises ConfigError after `close`, or where an error has left the ranks in the middle of a step, each somewhere else."""
+        if self.model is None:
+            raise ConfigError('the model is closed; load it again')
         if self.failed:
             raise ConfigError('an earlier request has failed, and the ranks are out of step: end the program')
 

@@ -7,6 +7,7 @@ turns whatever happens into one message and an exit code.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import itertools
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -126,16 +128,51 @@ def start(threads: int | None = None) -> Session:
     """
     comm = mpi.Communicator()
     launch.check_world(comm.size)
-    number = isinstance(threads, Integral) and not isinstance(threads, bool)
-    valid = threads is None or number and 1 <= threads <= MOST_THREADS
-    comm.agree(None if valid else launch.LaunchError(
-        f'threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}'))
+    _check_threads(comm, threads)
     local_rank, masks = comm.exchange_on_node(launch.cores())
     threads = int(threads or launch.fair_threads(masks, local_rank, launch.cpu_quota(), os.environ))
     launch.set_blas_threads(threads)
     host = mpi.host_name()
     watch = Watch(comm.rank, comm.size, comm.exchange, mpi.abort)
     return Session(comm, watch, host, local_rank, len(masks), threads)
+
+
+def of_script(threads: int | None = None, _begun: list[Session] = []) -> Session:  # noqa: B006  one of a process, as MPI is
+    """The session of a script on all ranks: begun by the first call, and the same for all later ones.
+
+    Raises what `start` raises, and GroupError where threads are not those that it was begun with: libraries cannot change.
+    """
+    if not _begun:
+        session = start(threads)
+        _begun.append(session)
+        sys.excepthook = _end_all_ranks(session, sys.excepthook)
+        atexit.register(session.watch.close)
+        return session
+    session = _begun[0]
+    _check_threads(session.comm, threads)
+    session.comm.agree(None if threads in (None, session.threads) else launch.LaunchError(
+        f'threads is {threads}, and the first model of this script was loaded with {session.threads}; leave it out'))
+    return session
+
+
+def _check_threads(comm: mpi.Communicator, threads) -> None:
+    number = isinstance(threads, Integral) and not isinstance(threads, bool)
+    valid = threads is None or number and 1 <= threads <= MOST_THREADS
+    comm.agree(None if valid else launch.LaunchError(
+        f'threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}'))
+
+
+def _end_all_ranks(session: Session, before: Callable) -> Callable:
+    """An uncaught exception on one rank of a script must not leave the others waiting."""
+    def hook(kind, error, trace):
+        if before is sys.__excepthook__:  # which writes piece by piece, and another rank's words would come between
+            sys.stderr.write(''.join(traceback.format_exception(kind, error, trace)))
+            sys.stderr.flush()
+        else:
+            before(kind, error, trace)
+        if session.comm.size > 1:
+            session.watch.failed(error)
+    return hook
 
 
 def command(body: Callable[[Session, object], int], parse: Callable[[list[str]], object], argv: list[str] | None) -> int:
