@@ -8,14 +8,14 @@ from tpmpi.kv_cache import KVCache, Ring
 from tpmpi.model import Step
 
 
-def cache_and_rings(model, sizes, block, ops, requests=1):
+def cache_and_rings(model, sizes, block, ops, requests=1, kv_dtype='float32'):
     """A pool, and for each request one ring for each group of layers of `sizes` blocks each; a ring's blocks lie scattered."""
     rings, turn = [[None] * len(sizes) for _ in range(requests)], list(range(sum(sizes) * requests))[::-1]
     for group, size in enumerate(sizes):
         numbers = np.array([turn.pop() for _ in range(size * requests)])
         for request in range(requests):
             rings[request][group] = Ring(numbers[request::requests][::-1].copy(), block)
-    return KVCache(model.config, model.shard, model.groups, sum(sizes) * requests, block, ops), rings
+    return KVCache(model.config, model.shard, model.groups, sum(sizes) * requests, block, ops, kv_dtype), rings
 
 
 def step_of(tokens, rings, start, count, length=0):

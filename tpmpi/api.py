@@ -294,7 +294,7 @@ def _shared_sums(comm, run: RunConfig, opened, hidden: int, ops):
     from tpmpi import shared_sums
     if opened.gpu is not None or comm.size == 1 or run.collective != 'auto':
         return None
-    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden, ops.sum_parts)
+    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden, ops.node_sums)
 
 
 def _kernels(session, run: RunConfig, device, config, kinds: set[str]):

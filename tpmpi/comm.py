@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter, sleep
 
@@ -86,6 +86,22 @@ class Communicator:
         Every rank asks for it, or none, and sums what it got.  What it holds lasts until the sum after the next.
         """
         return None if self.shared is None else self.shared.room(shape)
+
+    def meeting(self, nbytes: int):
+        """How a kernel sums so many bytes by itself, a shared_sums.Meeting; None where only `all_reduce` does."""
+        return None if self.shared is None else self.shared.meeting(nbytes)
+
+    @contextlib.contextmanager
+    def sums_within(self, calls: int, nbytes: int) -> Iterator[tuple[Traffic, int]]:
+        """Around a kernel that makes so many sums, of so many bytes each: what they cost, without the seconds, which the caller
+        puts in, and the number of the last one before."""
+        sums, traffic, shared = Traffic(calls, calls * nbytes), self.traffic['all_reduce'], self.shared
+        self.entered += calls
+        yield sums, 0 if shared is None else shared.number
+        if shared is not None:
+            shared.met(calls, nbytes)
+        traffic.calls, traffic.bytes, traffic.seconds = (
+            traffic.calls + calls, traffic.bytes + sums.bytes, traffic.seconds + sums.seconds)
 
     def gather(self, x, out) -> None:
         """Collect one small host array of each rank on rank 0.  x: [...], out: [size, ...] there and None elsewhere."""

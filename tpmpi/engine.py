@@ -101,7 +101,10 @@ class Engine:
                                        copying, self._stretched)
 
     def layers_of_a_cache(self) -> Callable:
-        """What computes all layers of steps on one cache: on a GPU by graphs, unless these are off."""
+        """What computes all layers of steps on one cache: on a GPU by graphs, unless these are off, on a CPU in one call."""
+        if self.device.gpu is None and hasattr(self.ops, 'kernels_of_layers'):
+            from tpmpi.fused import FusedLayers  # late: there may be no Numba
+            return FusedLayers(self.ops, self.model, self.cache)
         if self.device.gpu is None or self.run.cuda_graphs == 'off':
             return all_layers
         from tpmpi.graphs import Graphs

@@ -44,15 +44,16 @@ class Step:
 def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm, layers: Callable | None = None):
     """One step through all layers.  Returns the hidden states before the head, [tokens, hidden], on every rank.
 
-    layers: what computes them, for kernels of a device; `all_layers` by default.
+    layers: what computes them; `all_layers` by default.
     """
     if model.config.query_growth:
         step = replace(step, growth=grown(step.positions, model.config))
+    layers = layers or all_layers
     if not hasattr(ops, 'upload'):
-        return all_layers(step, model, cache, ops, comm)
+        return layers(step, model, cache, ops, comm)
     ops.upload(step, model)  # to a device goes what the host has decided, in one copy
     quick = replace(step, counts=[])
-    hidden = (layers or all_layers)(quick, model, cache, ops, comm)
+    hidden = layers(quick, model, cache, ops, comm)
     if quick.counts and differ(ops.namespace(hidden).concatenate(quick.counts), comm.size).any().item():
         return all_layers(step, model, cache, ops, comm)  # once more, to the same slots; a look in each layer would cost more
     return hidden
@@ -61,19 +62,25 @@ def forward(step: Step, model: ModelShard, cache: KVCache, ops, comm, layers: Ca
 def all_layers(step: Step, model: ModelShard, cache: KVCache, ops, comm):
     """The embedding and every layer.  Returns the hidden states before the head, [tokens, hidden], on every rank."""
     config = model.config
-    x = ops.embed(step.tokens, model.embedding, model.shard.vocab)  # [tokens, hidden], zeros where others own the token
-    if model.position_embedding is not None:
-        x += ops.embed(step.positions, model.position_embedding, model.positions)
-    comm.all_reduce(x)  # the vocabulary-parallel embedding, whole
-    if config.embedding_multiplier != 1:
-        x *= np.float32(config.embedding_multiplier)
-    ropes = [ops.rope_table(step.positions, step.lengths if rope.by_length else None, rope) for rope in model.ropes]
+    x, ropes = embedded(step, model, ops, comm)
     block = parallel_layer if config.parallel_block else decoder_layer
     a = norm(x, model.first_norm, config, ops)  # A  [tokens, hidden]
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
         rope = None if layer.rope is None else ropes[layer.rope]
         x, a = block(x, a, layer, layer_cache, step, rope, model, ops, comm)
     return a
+
+
+def embedded(step: Step, model: ModelShard, ops, comm):
+    """What the first layer takes, [tokens, hidden], on every rank, and the tables of the model's ropes."""
+    config = model.config
+    x = ops.embed(step.tokens, model.embedding, model.shard.vocab)  # [tokens, hidden], zeros where others own the token
+    if model.position_embedding is not None:
+        x += ops.embed(step.positions, model.position_embedding, model.positions)
+    comm.all_reduce(x)  # the vocabulary-parallel embedding, whole
+    if config.embedding_multiplier != 1:
+        x *= np.float32(config.embedding_multiplier)
+    return x, [ops.rope_table(step.positions, step.lengths if rope.by_length else None, rope) for rope in model.ropes]
 
 
 def decoder_layer(x, a, layer: LayerShard, cache: LayerCache, step: Step, rope, model: ModelShard, ops, comm):

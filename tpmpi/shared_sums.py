@@ -11,13 +11,14 @@ number on their nodes.  Rooms are used in turn, since what a room holds becomes 
 result is added to.  On two ranks SmolLM2's prefill of 512 tokens went 0.94, 1.07, 1.16 and 1.31 times as fast as with MPICH's
 messages (`tpmpi.bench --weights int8 --activations int8`, beside it with `--collective mpi`; a noisy machine).
 
-Small ones, where all ranks are on one node and there is a kernel for it: see kernels/meeting.py.
+Small ones go so where all ranks are on one node and there are kernels for it: see kernels/meeting.py, whose flags the meetings
+of large ones use then, too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from mpi4py import MPI
@@ -29,13 +30,28 @@ LOOKS = 1000  # of a rank that waits, until it offers its core to others; none w
 FOLDER = '/dev/shm'  # where MPI libraries keep such memory; a page that finds no place there would end the process
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where kernels sum over the ranks of a node by themselves; see kernels/meeting.py."""
+
+    parts: np.ndarray  # [2, ranks] addresses, in turn, where sums are small
+    rooms: np.ndarray  # [2, ranks] addresses, the next one's first, where they are large; else [2, 0]
+    flags: np.ndarray  # [ranks] addresses
+    rank: int
+    patience: int
+
+
+NONE = np.zeros((2, 0), np.int64)
+ALONE = Meeting(NONE, NONE, np.zeros(1, np.int64), 0, 0)  # one rank, which sums nothing
+
+
 class SharedSums:
     """The rooms of a group's ranks on one node, for sums of up to so many bytes.  Made by all ranks of the group together.
 
-    sum_parts: kernels.meeting's, or None; on all ranks alike.
+    kernels: kernels.meeting's SUMS, or None; on all ranks alike.
     """
 
-    def __init__(self, node: MPI.Comm, across: MPI.Comm, nbytes: int, sum_parts: Callable | None = None):
+    def __init__(self, node: MPI.Comm, across: MPI.Comm, nbytes: int, kernels: tuple | None = None):
         self.node, self.across, self.nbytes = node, across, -(-nbytes // PAGE) * PAGE
         self.window = MPI.Win.Allocate_shared(2 * self.nbytes + 2 * LEAST + 2 * PAGE, 1, comm=node)
         self.window.Lock_all()
@@ -43,14 +59,17 @@ class SharedSums:
         memory[node.rank].fill(0)  # takes its pages, near this rank
         self.rooms = [tuple(part[:2 * self.nbytes].view(np.float32).reshape(2, -1)) for part in memory]
         self.turn, self.given = 0, None
-        self.sum_parts = sum_parts if across.size == 1 else None
-        self.small = min(LEAST, ALL_PARTS // node.size) if self.sum_parts else 0
+        self.kernels = kernels if across.size == 1 else None
+        self.small = min(LEAST, ALL_PARTS // node.size) if self.kernels else 0
         ends = [part.ctypes.data + 2 * self.nbytes for part in memory]
         self.flags = np.array([end + 2 * LEAST for end in ends], np.int64)  # addresses, as those of the parts of both turns
-        self.parts = [np.array([end + turn * LEAST for end in ends], np.int64) for turn in (0, 1)]
-        self.number = 0  # of the last small sum
+        self.parts = np.array([[end + turn * LEAST for end in ends] for turn in (0, 1)], np.int64)
+        self.number = 0  # of the last meeting by flags
         cores = set().union(*node.allgather(os.sched_getaffinity(0)))
         self.looks = LOOKS if len(cores) >= node.size else 0
+        rooms = np.array([[both[turn].ctypes.data for both in self.rooms] for turn in (0, 1)])
+        self.places = [Meeting(NONE, rooms[[turn, 1 - turn]], self.flags, node.rank, self.looks) for turn in (0, 1)]
+        self.small_place = Meeting(self.parts, NONE, self.flags, node.rank, self.looks)
         self._meet()
 
     def _memory_of(self, rank: int) -> np.ndarray:
@@ -62,10 +81,20 @@ class SharedSums:
         """Whether `sum` does it: x is what `room` gave last, or small."""
         return x is self.given or x.nbytes <= self.small
 
+    def meeting(self, nbytes: int) -> Meeting | None:
+        """Where a kernel makes sums of so many bytes by itself, an even number of them; None where it cannot."""
+        if not self.kernels or not 0 < nbytes <= self.nbytes:
+            return None
+        return self.small_place if nbytes <= self.small else self.places[self.turn]
+
+    def met(self, sums: int, nbytes: int) -> None:
+        """A kernel has made so many sums."""
+        self.number += sums if nbytes <= self.small else 2 * sums
+
     def room(self, shape: tuple[int, int]) -> np.ndarray | None:
         """This rank's room for the next sum, None where the sum is too small or too large for one.  float32"""
         size = shape[0] * shape[1]
-        if not LEAST <= 4 * size <= self.nbytes:
+        if not (self.small if self.kernels else LEAST - 1) < 4 * size <= self.nbytes:
             return None
         self.given = self.rooms[self.node.rank][self.turn][:size].reshape(shape)
         return self.given
@@ -79,12 +108,18 @@ class SharedSums:
 
     def _sum_small(self, x: np.ndarray) -> None:
         self.number += 1
-        rank, parts, come = self.node.rank, self.parts[self.number % 2], 1
-        while not self.sum_parts(parts, self.flags, rank, self.number, x, come, self.looks):
-            come = 0
-            os.sched_yield()
+        self.kernels[0](self.parts[self.number % 2], self.flags, self.node.rank, self.number, x, self.looks)
 
     def _sum_rooms(self) -> None:
+        if self.kernels:
+            rooms = self.places[self.turn].rooms[0]
+            self.kernels[1](rooms, self.flags, self.node.rank, self.number + 1, self.given.size, self.looks)
+            self.number += 2
+        else:
+            self._sum_with_messages()
+        self.turn, self.given = 1 - self.turn, None
+
+    def _sum_with_messages(self) -> None:
         rooms = [both[self.turn][:self.given.size] for both in self.rooms]
         first, last = (len(rooms[0]) * i // self.node.size for i in (self.node.rank, self.node.rank + 1))
         self._meet()
@@ -96,7 +131,6 @@ class SharedSums:
         for other in others:
             other[:] = total
         self._meet()
-        self.turn, self.given = 1 - self.turn, None
 
     def _meet(self) -> None:
         """All ranks of the node have come here, and see what the others have written."""
@@ -106,14 +140,14 @@ class SharedSums:
 
     def close(self) -> None:
         """Give the memory back; a collective call."""
-        self.rooms, self.given, self.small = [], None, 0
+        self.rooms, self.given, self.small, self.kernels = [], None, 0, None
         self.window.Unlock_all()
         self.window.Free()
         self.across.Free()
         self.node.Free()
 
 
-def share(comm: MPI.Comm, nbytes: int, sum_parts: Callable | None = None) -> SharedSums | None:
+def share(comm: MPI.Comm, nbytes: int, kernels: tuple | None = None) -> SharedSums | None:
     """Rooms for the ranks of comm, or None on all of them: one rank a node, unequal nodes, or no place.  A collective call."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     needed = node.size * (2 * nbytes + 2 * LEAST + 4 * PAGE)
@@ -122,8 +156,8 @@ def share(comm: MPI.Comm, nbytes: int, sum_parts: Callable | None = None) -> Sha
         fits = 2 * needed < place.f_bavail * place.f_frsize  # MPI's own messages lie there, too
     except OSError:
         fits = False
-    sizes, fit, can = zip(*comm.allgather((node.size, fits, sum_parts is not None)), strict=True)
+    sizes, fit, can = zip(*comm.allgather((node.size, fits, kernels is not None)), strict=True)
     if node.size == 1 or set(sizes) != {node.size} or not all(fit):
         node.Free()
         return None
-    return SharedSums(node, comm.Split(node.rank, comm.rank), nbytes, sum_parts if all(can) else None)
+    return SharedSums(node, comm.Split(node.rank, comm.rank), nbytes, kernels if all(can) else None)

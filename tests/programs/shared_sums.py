@@ -8,19 +8,19 @@ import numpy as np
 
 from tpmpi.comm import Communicator
 from tpmpi.kernels import jit
-from tpmpi.kernels.meeting import sum_parts
+from tpmpi.kernels.meeting import SUMS
 from tpmpi.shared_sums import ALL_PARTS, LEAST, SharedSums, share
 
 comm, ranks_of_node, most = Communicator(), int(sys.argv[1]), 1 << 20
-jit.build([sum_parts])
+jit.build(SUMS)
 if ranks_of_node == comm.size:
-    comm.shared = share(comm.mpi_comm, most, sum_parts)
+    comm.shared = share(comm.mpi_comm, most, SUMS)
 else:
     node, across = (comm.mpi_comm.Split(group) for group in (comm.rank // ranks_of_node, comm.rank % ranks_of_node))
-    comm.shared = SharedSums(node, across, most, sum_parts)
+    comm.shared = SharedSums(node, across, most, SUMS)
 rng = np.random.default_rng(0)
 worst, kept, before = 0.0, True, None
-for shape in [(64, 64), (7, 1001), (512, 512), (5, 4096), (97, 53)]:
+for shape in [(64, 65), (7, 1001), (512, 512), (5, 4096), (97, 53)]:
     parts = rng.standard_normal((comm.size, *shape)).astype(np.float32)  # the same on all ranks
     x = comm.room(shape)
     x[:] = parts[comm.rank]
@@ -51,7 +51,7 @@ for turn in range(600):
         exact &= bool((room == comm.size * turn + comm.size * (comm.size - 1) / 2).all())
 numbers = comm.shared.number
 comm.traffic['all_reduce'].calls = calls
-small, large = comm.room((1, LEAST // 4 - 1)), comm.room((most // 4 + 1, 1))
+small, large = comm.room((1, largest if ranks_of_node == comm.size else LEAST // 4 - 1)), comm.room((most // 4 + 1, 1))
 plain = np.full((64, 64), comm.rank + 1, np.float32)  # one that was not given out goes by MPI, whatever its size
 comm.all_reduce(plain)
 report = comm.exchange({'worst': worst, 'kept': kept, 'refused': small is None and large is None, 'plain': float(plain.max()),

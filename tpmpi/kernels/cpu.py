@@ -19,6 +19,7 @@ from tpmpi.kernels import (
     elementwise,
     integer_units,
     jit,
+    layers,
     matrix_units,
     meeting,
     mixture,
@@ -52,7 +53,7 @@ class Kernels:
     SLOTS_TOGETHER = LANES  # of the cache's layout: blocks that are multiples of it can be copied
     rope_table, top_k = staticmethod(reference.rope_table), staticmethod(reference.top_k)
     sigmoid, namespace = staticmethod(reference.sigmoid), staticmethod(reference.namespace)
-    asarray, sum_parts = staticmethod(reference.asarray), staticmethod(meeting.sum_parts)
+    asarray, node_sums = staticmethod(reference.asarray), meeting.SUMS
 
     def __init__(self, threads: int = 1, activations: str = 'float32', units: bool = True):
         self.threads, self.rounded, self.coarse = threads, activations == 'bfloat16', activations == 'int8'
@@ -74,10 +75,11 @@ class Kernels:
         e = elementwise
         found = {'rms': [e.rms_norm, e.add_rms_norm], 'layer': [e.layer_norm], 'none': []}[config.norm]
         found += {'head': [e.norm_heads], 'all': [e.head_squares, e.scale_columns], 'none': []}[config.qk_norm]
-        found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp, meeting.sum_parts]
+        found += [e.gated_activation if config.gated else e.activate, e.log_sum_exp, *meeting.SUMS]
         found += [e.softcap] if config.logit_softcap is not None else []
         found += [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim)]
         found += [matrix_units.add_rms_norm_in_tiles] if self.norms_in_tiles and config.norm == 'rms' else []
+        found += [layers.COMPILED[kv_dtype]] if layers.usual(config) else []
         if config.num_experts:
             found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(self.expert_products[kind] for kind in kinds)]
         return found + self.needed_for(kinds)
@@ -140,13 +142,13 @@ class Kernels:
     def rms_norm(self, x, gain, eps: float):
         """x / sqrt(mean(x^2) + eps) * gain.  [tokens, hidden] -> [tokens, hidden]"""
         y = np.empty_like(x)
-        elementwise.rms_norm(x, gain, eps, y, self._threads(x))
+        elementwise.rms_norm(x, gain, eps, y, self.threads_of_rows(len(x)))
         return y
 
     def layer_norm(self, x, gain, bias, eps: float):
         """(x - mean) / sqrt(variance + eps) * gain + bias; bias may be None.  [tokens, hidden] -> the same"""
         y = np.empty_like(x)
-        elementwise.layer_norm(x, gain, NOTHING if bias is None else bias, eps, y, self._threads(x))
+        elementwise.layer_norm(x, gain, NOTHING if bias is None else bias, eps, y, self.threads_of_rows(len(x)))
         return y
 
     def added_norm(self, x, part, kind: str, gain, bias, eps: float):
@@ -156,11 +158,11 @@ class Kernels:
             return self.layer_norm(part, gain, bias, eps)
         if self.norms_in_tiles and len(x) >= self.norms_in_tiles and x.shape[1] % matrix_units.TILE_K == 0:
             y, tiles = alignment.empty(x.shape, np.float32), matrix_units.Tiles.empty(1, *x.shape)
-            matrix_units.add_rms_norm_in_tiles(x, part, gain, eps, y, tiles.data, self._threads(x))
+            matrix_units.add_rms_norm_in_tiles(x, part, gain, eps, y, tiles.data, self.threads_of_rows(len(x)))
             self.normed = y, tiles  # the next product is one with y
             return y
         y = np.empty_like(x)
-        elementwise.add_rms_norm(x, part, gain, eps, y, self._threads(x))
+        elementwise.add_rms_norm(x, part, gain, eps, y, self.threads_of_rows(len(x)))
         return y
 
     @staticmethod
@@ -206,13 +208,12 @@ class Kernels:
         if unit is not None:
             unit.multiply(self._tiles(x, unit).data, len(x), weight.data, out, self.threads)
         else:
-            product = (self.bytes if len(x) >= BYTES_FROM and weight.kind in self.bytes else self.products)[weight.kind]
+            product = self._product(len(x), weight.kind)
             product(self._input(x, weight, product), weight.data, out, self.threads)
         return out
 
-    def _threads(self, x) -> int:
-        """That share the rows of x: of few, one is done before the others have begun."""
-        return self.threads if len(x) >= SHARED_ROWS else 1
+    def _product(self, tokens: int, kind: str):
+        return (self.bytes if tokens >= BYTES_FROM and kind in self.bytes else self.products)[kind]
 
     def _unit(self, tokens: int, weight: Weight) -> matrix_units.Unit | None:
         """The matrix unit for so many rows, if there is one."""
@@ -239,9 +240,9 @@ class Kernels:
     def rope_append(self, qkv, num_heads: int, head_dim: int, rope, cache, slots):
         """Split the fused projection, turn Q and K, put K and V into the cache; returns Q [tokens, heads/n, head_dim]."""
         q = np.empty((len(qkv), num_heads, head_dim), np.float32)
-        cos, sin = (qkv, qkv) if rope is None else self.recent.of(rope, _rows_of)
+        cos, sin = (qkv, qkv) if rope is None else self.recent.of(rope, rows_of)
         append = elementwise.rope_append_float32 if cache.k.dtype == np.float32 else elementwise.rope_append_bfloat16
-        append(qkv, cos, sin, rope is not None, slots, q, cache.k, cache.v, self._threads(qkv))
+        append(qkv, cos, sin, rope is not None, slots, q, cache.k, cache.v, self.threads_of_rows(len(qkv)))
         return q
 
     def attend(self, q, cache, query_groups, segments, window: int | None, scale: float, cap: float | None = None,
@@ -249,8 +250,8 @@ class Kernels:
         """B = softmax(scale Q K^T) V over each request's ring.  Returns B [tokens, heads/n * head_dim]."""
         b = np.empty(q.shape, np.float32)
         run = self._attention('float32' if cache.k.dtype == np.float32 else 'bfloat16', q.shape[2])
-        tables = self.recent.of(segments, _tables)  # all layers of a group ask for the same
-        run(q, cache.k, cache.v, _bounds(query_groups), *tables, segments[0].ring.block,
+        tables = self.recent.of(segments, tables_of)  # all layers of a group ask for the same
+        run(q, cache.k, cache.v, bounds_of(query_groups), *tables, segments[0].ring.block,
             EVERYWHERE if window is None else window, scale, cap or 0, sinks, b, self.threads)
         return b.reshape(len(q), -1)
 
@@ -264,13 +265,13 @@ class Kernels:
     def activate(self, x, kind: str):
         """The MLP's activation, element by element."""
         y = np.empty_like(x)
-        elementwise.activate(x, elementwise.ACTIVATIONS[kind], y, self._threads(x))
+        elementwise.activate(x, elementwise.ACTIVATIONS[kind], y, self.threads_of_rows(len(x)))
         return y
 
     def gated_activation(self, gate_up, kind: str):
         """activation(gate) * up.  [tokens, 2 ffn/n] -> [tokens, ffn/n]"""
         y = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
-        elementwise.gated_activation(gate_up, elementwise.ACTIVATIONS[kind], y, self._threads(gate_up))
+        elementwise.gated_activation(gate_up, elementwise.ACTIVATIONS[kind], y, self.threads_of_rows(len(gate_up)))
         return y
 
     def gated_linear(self, x, weight: Weight, kind: str):
@@ -281,6 +282,26 @@ class Kernels:
             unit.gated(self._tiles(x, unit).data, len(x), weight.data, d.data, self.threads)
             return d
         return self.gated_activation(self.linear(x, weight), kind)
+
+    # ---- for all layers at once (fused.py)
+
+    def product_alone(self, tokens: int, weight: Weight):
+        """The kernel that is all of `linear` for so many rows; None where there is more to it."""
+        if weight.kind == 'mixed' or weight.in_features == 0 or weight.in_features % PER_STEP.get(weight.kind, 1):
+            return None
+        product = self._product(tokens, weight.kind)
+        rounding = self.rounded and weight.kind == 'bfloat16' and product is not matrix_units.pairs_bfloat16
+        return None if rounding or self._unit(tokens, weight) else product
+
+    def kernels_of_layers(self, config: ModelConfig, kv_dtype: str) -> list:
+        """Those of a usual layer besides the products, in the order of layers.py."""
+        e = elementwise
+        return [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim), e.add_rms_norm,
+                e.gated_activation, *([e.norm_heads] if config.qk_norm == 'head' else [])]
+
+    def threads_of_rows(self, tokens: int) -> int:
+        """That share so many rows of norms and activations: of few, one is done before the others have begun."""
+        return self.threads if tokens >= SHARED_ROWS else 1
 
     # ---- a mixture of experts
 
@@ -368,18 +389,18 @@ class Kernels:
 
 
 @lru_cache
-def _bounds(groups: tuple[range, ...]) -> np.ndarray:
+def bounds_of(groups: tuple[range, ...]) -> np.ndarray:
     """[kv_heads/n, 2] first query head of each, and the one after its last."""
     return np.array([(g.start, g.stop) for g in groups], np.int64).reshape(-1, 2)
 
 
-def _rows_of(rope) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(rope) -> tuple[np.ndarray, np.ndarray]:
     """Both RoPE tables as kernels take them.  [tokens, 1, rotary_dim] -> [tokens, rotary_dim]"""
     cos, sin = rope
     return cos[:, 0], sin[:, 0]
 
 
-def _tables(segments) -> tuple[np.ndarray, np.ndarray]:
+def tables_of(segments) -> tuple[np.ndarray, np.ndarray]:
     """A step's segments as the kernel takes them: [segments, 7], and the blocks of all rings one after another."""
     blocks = [s.ring.blocks for s in segments]
     ends = np.cumsum([len(ring) for ring in blocks])

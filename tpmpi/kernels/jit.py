@@ -35,6 +35,7 @@ X86 = TRIPLE.startswith('x86_64') and WIDTH <= NATIVE_WIDTH  # may use the instr
 VNNI = X86 and {16: 'avx512vnni', 8: 'avxvnni'}.get(WIDTH) in FEATURES  # products of pairs, added in one instruction
 HALVES = 'f16c' in FEATURES or not TRIPLE.startswith('x86_64')  # the CPU widens float16 itself
 
+UNSEEN = {'no_cpython_wrapper': True, 'no_cfunc_wrapper': True}  # of helpers: only compiled code calls them
 OPTIONS = {'nogil': True, 'error_model': 'numpy', 'fastmath': {'contract', 'nsz'}}
 PARALLEL = int(os.environ.get('NUMBA_NUM_THREADS', '1')) > 1  # what session.start chose for this rank
 
@@ -52,12 +53,12 @@ bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urando
 
 def helper(function):
     """A function that kernels call; it becomes part of each of them."""
-    return numba.njit(**OPTIONS)(function)
+    return numba.njit(**OPTIONS, **UNSEEN)(function)
 
 
 def inlined(function):
     """A helper copied into its caller before anything is compiled: a chain of large ones would be compiled at each level."""
-    return numba.njit(inline='always', **OPTIONS)(function)
+    return numba.njit(inline='always', **OPTIONS, **UNSEEN)(function)
 
 
 def kernel(signature: str):
@@ -85,6 +86,12 @@ def build(kernels) -> None:
             dispatcher.compile(dispatcher.only_signature)
             dispatcher.disable_compile()
             _mark(dispatcher).touch()
+
+
+def address_of(dispatcher) -> int:
+    """Where the machine code of a kernel that is ready begins, for `call` in a kernel (see layers.py)."""
+    compiled, = dispatcher.overloads.values()
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
 
 
 def missing(kernels) -> int:

@@ -1,8 +1,13 @@
-"""A small sum over the ranks of a node, in memory that they share: no message, and one meeting instead of two.
+"""Sums over the ranks of a node, in memory that they share: no message.
 
-Each rank has a part, and a flag with the number of the sum that its part belongs to.  A rank writes its part, raises its
-flag, waits for the flags of the others, and adds all parts up in the order of ranks: so all have the same bits.  There are
-two parts in turn.  Who finds all flags at a number knows that all have read the parts of the number before.
+Each rank has a flag, which it raises to a number, and all count alike.  Who finds all flags at a number knows that all have
+come so far.
+
+A small sum is one meeting: a rank writes its part, raises its flag, waits for the flags of the others, and adds all parts up in
+the order of ranks: so all have the same bits.  There are two parts in turn: all have read those of the number before.
+
+A large one is two: a rank's part lies in its room; when all have come each adds up a share of the elements, in the order of
+ranks, and puts it into all rooms; and when all have done so each room holds the sum.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tpmpi.kernels.jit import TRIPLE, kernel
+from tpmpi.kernels.jit import TRIPLE, helper, kernel
 from tpmpi.kernels.rows import floats
 from tpmpi.kernels.tiles import I64, keep
 
@@ -45,25 +50,40 @@ def breathe(typing_context):
     return types.void(), emit
 
 
-@kernel('i8(i8[::1], i8[::1], i8, i8, f4[::1], i8, i8)')
-def sum_parts(parts, flags, rank, number, x, come, patience):
-    """x summed over all ranks, in place; 0 if not all of them had come after so many looks, then call again with come 0.
+@intrinsic
+def give_way(typing_context):
+    """Offers the core to others that wait for it: sched_yield(2)."""
+    def emit(context, builder, signature, args):
+        name = 'sched_yield'
+        function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(ir.IntType(32), []), name)
+        builder.call(function, [])
+        return context.get_dummy_value()
+    return types.void(), emit
 
-    parts, flags: addresses, of each rank; number: of the sum, which counts from 1; come: 1 to bring x, once.
-    """
-    n = x.size
-    if come:
-        mine = floats(parts[rank], n)
-        for i in range(n):
-            mine[i] = x[i]
-        put(flags[rank], number)
+
+@helper
+def meet(flags, rank, number, patience):
+    """All ranks have come here.  patience: looks at a flag until the core is offered to others."""
+    put(flags[rank], number)
     for r in range(len(flags)):
         looks = 0
         while raised(flags[r]) < number:
-            if looks >= patience:
-                return 0
             looks += 1
-            breathe()
+            if looks > patience:
+                give_way()
+            else:
+                breathe()
+    keep(flags)
+
+
+@helper
+def add_parts(parts, flags, rank, number, x, patience):
+    """See sum_parts."""
+    n = x.size
+    mine = floats(parts[rank], n)
+    for i in range(n):
+        mine[i] = x[i]
+    meet(flags, rank, number, patience)
     first = floats(parts[0], n)
     for i in range(n):
         x[i] = first[i]
@@ -72,5 +92,37 @@ def sum_parts(parts, flags, rank, number, x, come, patience):
         for i in range(n):
             x[i] += part[i]
     keep(parts)
-    keep(flags)
-    return 1
+
+
+@helper
+def add_rooms(rooms, flags, rank, number, count, patience):
+    """See sum_rooms."""
+    ranks = len(rooms)
+    first, last = count * rank // ranks, count * (rank + 1) // ranks
+    meet(flags, rank, number, patience)
+    total = floats(rooms[0] + 4 * first, last - first)
+    for r in range(1, ranks):
+        part = floats(rooms[r] + 4 * first, last - first)
+        for i in range(last - first):
+            total[i] += part[i]
+    for r in range(1, ranks):
+        part = floats(rooms[r] + 4 * first, last - first)
+        for i in range(last - first):
+            part[i] = total[i]
+    meet(flags, rank, number + 1, patience)
+    keep(rooms)
+
+
+@kernel('void(i8[::1], i8[::1], i8, i8, f4[::1], i8)')
+def sum_parts(parts, flags, rank, number, x, patience):
+    """x summed over all ranks, in place.  parts, flags: addresses, of each rank; number: of this meeting, counting from 1."""
+    add_parts(parts, flags, rank, number, x, patience)
+
+
+@kernel('void(i8[::1], i8[::1], i8, i8, i8, i8)')
+def sum_rooms(rooms, flags, rank, number, count, patience):
+    """The first `count` float32 of all ranks' rooms, addresses, summed in place.  number: of the first of its two meetings."""
+    add_rooms(rooms, flags, rank, number, count, patience)
+
+
+SUMS = sum_parts, sum_rooms

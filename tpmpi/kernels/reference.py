@@ -19,7 +19,7 @@ import numpy as np
 from tpmpi.config import Rope
 from tpmpi.weights import Stored, Weight, decode, decode_bfloat16, encode_bfloat16
 
-sum_parts = None  # of ranks on one node: MPI sums them, see shared_sums.py
+node_sums = None  # kernels that sum in memory that ranks share: MPI does, see shared_sums.py
 SCORES_PER_TILE = 1 << 20  # attention scores that exist at once: 4 MiB, which bounds memory and stays near the cache
 
 

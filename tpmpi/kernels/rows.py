@@ -98,7 +98,7 @@ def _array_at(kind):
     return view
 
 
-floats, words, halves = (_array_at(kind) for kind in (types.float32, types.uint32, types.uint16))
+floats, words, halves, octets = (_array_at(kind) for kind in (types.float32, types.uint32, types.uint16, types.uint8))
 
 
 def _walk(e: Emit, address, panels, start: float, step):

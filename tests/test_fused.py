@@ -1,0 +1,59 @@
+"""All layers at once: the bits of all_layers, which the tests of models compare with float64 and with transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+from ranks import run_program
+
+pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
+
+USUAL = {
+    'nine_heads': tiny.NINE_HEADS, 'groups': tiny.GROUPS,
+    'biases': dataclasses.replace(tiny.NINE_HEADS, qkv_bias=True, attn_out_bias=True, mlp_bias=True, activation='gelu_tanh'),
+    'norms': dataclasses.replace(tiny.GROUPS, qk_norm='head', attention_softcap=2.0, attention_scale=0.3, rotary_dim=16),
+    'window': dataclasses.replace(tiny.NINE_HEADS, window=11, rope_theta=None, tie_embeddings=True)}
+OTHERS = {name: tiny.CONFIGS[name] for name in ('capped', 'post_norm', 'experts', 'literal', 'parallel')} | {
+    'two windows': dataclasses.replace(tiny.NINE_HEADS, window=7, window_layers=(1,)),
+    'two ropes': dataclasses.replace(tiny.NINE_HEADS, nope_layers=(1,))}
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('fused')
+    for name, config in (USUAL | OTHERS).items():
+        tiny.write_model(folder / f'{name}.h5', dataclasses.replace(config, max_positions=64))
+    return folder
+
+
+def cases(files, *names, **options):
+    return [{'model': str(files / f'{name}.h5'), 'context': 20, **options} for name in names]
+
+
+@pytest.mark.parametrize(('size', 'requests', 'threads', 'all_parts'), [
+    (1, 1, 1, 65536), (2, 1, 1, 65536), (4, 4, 1, 65536), (3, 17, 1, 1024), (1, 3, 2, 65536)])  # small sums, and large ones
+def test_bits_and_sums_are_those_of_layers_one_by_one(files, size, requests, threads, all_parts):
+    asked = cases(files, *USUAL, threads=threads)
+    for kind in ('int8', 'int4', 'bfloat16'):
+        asked += cases(files, 'groups', weights=kind, threads=threads)
+    asked += cases(files, 'norms', 'window', kv='bfloat16', threads=threads)
+    found = run_program('fused.py', size, json.dumps({'requests': requests, 'all_parts': all_parts, 'cases': asked}), timeout=600)
+    for case, (at_once, steps) in zip(asked, found, strict=True):
+        if requests <= 4:  # more may go to matrix units
+            assert max(at_once) >= steps - 1, case  # a rank without columns of the MLP goes one by one
+
+
+def test_other_layers_go_one_by_one(files):
+    asked = {'requests': 1, 'all_parts': 65536, 'cases': cases(files, *OTHERS, threads=1)}
+    found = run_program('fused.py', 2, json.dumps(asked), timeout=600)
+    assert [at_once for at_once, _ in found] == [[0, 0]] * len(OTHERS)
+
+
+@pytest.mark.parametrize('activations', ['bfloat16', 'int8'])
+def test_rounded_activations(files, activations):
+    asked = [case for kind in ('int8', 'bfloat16') for case in cases(files, 'groups', weights=kind, activations=activations,
+                                                                     threads=1)]
+    run_program('fused.py', 2, json.dumps({'requests': 2, 'all_parts': 65536, 'cases': asked}), timeout=600)
