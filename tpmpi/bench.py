@@ -103,7 +103,7 @@ class Batch:
             free = int(ends[-1])
         self.cache = KVCache(model.config, model.shard, model.groups, free, run.block, engine.ops, run.kv_dtype,
                              engine.device.xp)
-        self.layers = engine.layers_of_a_cache()
+        self.layers = engine.layers_of(self.cache)
 
 
 def run_round(engine, batch: Batch) -> Round:

@@ -94,17 +94,17 @@ class Engine:
         self.cache = self.layers = None
         self.cache = KVCache(model.config, model.shard, model.groups, num_blocks, run.block, self.ops, run.kv_dtype,
                              self.device.xp)
-        self.layers = self.layers_of_a_cache()
+        self.layers = self.layers_of(self.cache)
         if self.leads:
             copying = run.block % getattr(self.ops, 'SLOTS_TOGETHER', 1) == 0
             self.scheduler = Scheduler(num_blocks, run.block, run.chunk, max_sequences, run.share_prefixes, model.groups,
                                        copying, self._stretched)
 
-    def layers_of_a_cache(self) -> Callable:
+    def layers_of(self, cache: KVCache) -> Callable:
         """What computes all layers of steps on one cache: on a GPU by graphs, unless these are off, on a CPU in one call."""
         if self.device.gpu is None and hasattr(self.ops, 'kernels_of_layers'):
             from tpmpi.fused import FusedLayers  # late: there may be no Numba
-            return FusedLayers(self.ops, self.model, self.cache)
+            return FusedLayers(self.ops, self.model, cache)
         if self.device.gpu is None or self.run.cuda_graphs == 'off':
             return all_layers
         from tpmpi.graphs import Graphs
