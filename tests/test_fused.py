@@ -46,6 +46,13 @@ def test_bits_and_sums_are_those_of_layers_one_by_one(files, size, requests, thr
             assert max(at_once) >= steps - 1, case  # a rank without columns of the MLP goes one by one
 
 
+@pytest.mark.parametrize(('requests', 'options'), [(2, {'collective': 'mpi'}), (17, {'nodes': 2})])
+def test_sums_that_need_messages(files, requests, options):
+    asked = cases(files, 'nine_heads', 'biases', 'groups', threads=1, **options)
+    found = run_program('fused.py', 4, json.dumps({'requests': requests, 'all_parts': 65536, 'cases': asked}), timeout=600)
+    assert requests > 4 or all(max(at_once) == steps for at_once, steps in found)
+
+
 def test_other_layers_go_one_by_one(files):
     asked = {'requests': 1, 'all_parts': 65536, 'cases': cases(files, *OTHERS, threads=1)}
     found = run_program('fused.py', 2, json.dumps(asked), timeout=600)

@@ -1,17 +1,17 @@
 """model.all_layers on a CPU for steps of few tokens: all layers in one call of a compiled function, kernels/layers.py.
 
-Other steps, and layers of another kind, go through all_layers.  The bits are the same either way, and so are the sums over the
-ranks: each rank decides for itself.
+Where sums over the ranks need messages it is one call from each sum to the next.  Other steps, and layers of another kind, go
+through all_layers.  The bits are the same either way, and so are the sums over the ranks: each rank decides for itself.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tpmpi.kernels import elementwise, layers
+from tpmpi.kernels import alignment, elementwise, layers
 from tpmpi.kernels.cpu import EVERYWHERE, bounds_of, rows_of, tables_of
 from tpmpi.model import all_layers, embedded, norm
-from tpmpi.shared_sums import ALONE, Meeting
+from tpmpi.shared_sums import ALONE
 
 
 class FusedLayers:
@@ -25,9 +25,8 @@ class FusedLayers:
 
     def __call__(self, step, model, cache, ops, comm):
         """Hidden states before the head, [tokens, hidden]; see model.all_layers."""
-        tokens, config = len(step.tokens), model.config
-        tables, meeting = self._tables(tokens), self._meeting(comm, 4 * tokens * config.hidden_size)
-        if tables is None or meeting is None:
+        tables, config = self._tables(len(step.tokens)), model.config
+        if tables is None:
             return all_layers(step, model, cache, ops, comm)
         x, ropes = embedded(step, model, ops, comm)
         a = norm(x, model.first_norm, config, ops)  # A  [tokens, hidden]
@@ -36,19 +35,36 @@ class FusedLayers:
         cos, sin = (x, x) if rope is None else rows_of(ropes[rope])
         numbers = np.array([segments[0].ring.block, EVERYWHERE if view.window is None else view.window, view.sinks,
                             len(model.shard.heads), config.head_dim, elementwise.ACTIVATIONS[config.activation], ops.threads,
-                            ops.threads_of_rows(tokens)], np.int64)
-        with comm.sums_within(2 * len(model.layers), x.nbytes) as (sums, number):  # C and E of each layer
-            sums.seconds = 1e-9 * tables.run(
-                x, a, tables.matrices, tables.gains, tables.cache, tables.kernels, tables.shape, cos, sin, rope is not None,
-                step.slots[group], bounds_of(model.query_groups), *tables_of(segments), numbers, config.scores_scale,
-                config.attention_softcap or 0, config.norm_eps, meeting.parts, meeting.rooms, meeting.flags, meeting.rank,
-                number, meeting.patience)
-        return a
+                            ops.threads_of_rows(len(x))], np.int64)
+        facts = (tables.matrices, tables.gains, tables.cache, tables.kernels, tables.shape, cos, sin, rope is not None,
+                 step.slots[group], bounds_of(model.query_groups), *tables_of(segments), numbers, config.scores_scale,
+                 config.attention_softcap or 0, config.norm_eps)
 
-    @staticmethod
-    def _meeting(comm, nbytes: int) -> Meeting | None:
-        """How sums of so many bytes are made in a kernel, None where they are not."""
-        return ALONE if comm.size == 1 else comm.meeting(nbytes)
+        def run(first, last, c, e, meeting, number=0):
+            return tables.run(first, last, x, a, c, e, *facts, meeting.parts, meeting.rooms, meeting.flags, meeting.rank, number,
+                              meeting.patience)
+
+        def room_or(array):
+            room = comm.room(x.shape)
+            return array if room is None else room
+
+        end, (c, e) = 2 * len(model.layers), alignment.empty((2, *x.shape), np.float32)
+        meeting = ALONE if comm.size == 1 else comm.meeting(x.nbytes)
+        if meeting is not None:
+            if meeting.rooms.size:
+                c, e = comm.shared.next_rooms(x.shape)
+            with comm.sums_within(end, x.nbytes) as (sums, number):  # C and E of each layer
+                sums.seconds = 1e-9 * run(0, end + 1, c, e, meeting, number)
+        else:
+            for first in range(0, end, 2):
+                c = room_or(c)
+                run(first, first + 1, c, e, ALONE)  # C, this rank's part
+                comm.all_reduce(c)  # C, whole
+                e = room_or(e)
+                run(first + 1, first + 2, c, e, ALONE)  # E, this rank's part
+                comm.all_reduce(e)  # E, whole
+            run(end, end + 1, c, e, ALONE)
+        return a
 
     def _tables(self, tokens: int) -> layers.Tables | None:
         """For steps of so many tokens; None where one kernel is not all of an operation."""

@@ -87,6 +87,10 @@ class SharedSums:
             return None
         return self.small_place if nbytes <= self.small else self.places[self.turn]
 
+    def next_rooms(self, shape: tuple[int, int]) -> list[np.ndarray]:
+        """This rank's rooms for the next two sums of a kernel."""
+        return [self.rooms[self.node.rank][turn][:shape[0] * shape[1]].reshape(shape) for turn in (self.turn, 1 - self.turn)]
+
     def met(self, sums: int, nbytes: int) -> None:
         """A kernel has made so many sums."""
         self.number += sums if nbytes <= self.small else 2 * sums

@@ -37,10 +37,22 @@ def work_of(comm):
     return comm.traffic['all_reduce'].calls, comm.traffic['all_reduce'].bytes, comm.entered
 
 
+def across_nodes(comm, nodes, ops, nbytes):
+    """The ranks as if they were on several nodes; sums of 64 bytes and more go through each one's memory."""
+    shared_sums.LEAST = 64
+    each = comm.size // nodes
+    node, across = (comm.mpi_comm.Split(group) for group in (comm.rank // each, comm.rank % each))
+    return shared_sums.SharedSums(node, across, nbytes, ops.node_sums)
+
+
 def run(case, requests):
+    nodes = case.pop('nodes', 1)
     with tpmpi.load(case.pop('model'), **case) as llm:
         engine, tokens = llm.engine, np.random.default_rng(0).integers(0, 256, (requests, STEPS[-1][0] + 1))
         model, ops, comm, kv_dtype = engine.model, engine.ops, engine.comm, engine.run.kv_dtype
+        if nodes > 1:
+            comm.shared.close()
+            comm.shared = across_nodes(comm, nodes, ops, 1 << 20)
         found, at_once = [], 0
         for fused in (True, False):
             cache, rings = cache_and_rings(model, [BLOCKS] * len(model.groups), BLOCK, ops, requests, kv_dtype)

@@ -155,52 +155,52 @@ def add_bias(y, address):
 def _layers(cached):
     """layers(…) over a cache whose numbers the view `cached` sees."""
     @helper
-    def layers(x, a, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks, numbers, scale, cap,
-               eps, parts, rooms, flags, rank, number, patience):
+    def layers(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks,
+               numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience):
         tokens, hidden, heads, dim = x.shape[0], x.shape[1], numbers[HEADS], numbers[HEAD_DIM]
         threads, few = numbers[THREADS], numbers[FEW]
         wide, ffn, spent = matrices[0, QKV, OUTPUTS], matrices[0, UP, OUTPUTS] // 2, 0
-        room = aligned(4 * tokens * (2 * hidden + wide + 2 * heads * dim + 3 * ffn + 7 * LANES))
+        room = aligned(4 * tokens * (wide + 2 * heads * dim + 3 * ffn + 5 * LANES))
         at = room.ctypes.data
-        c, at = floats(at, tokens * hidden).reshape(tokens, hidden), after(at, tokens * hidden)
-        e, at = floats(at, tokens * hidden).reshape(tokens, hidden), after(at, tokens * hidden)
-        if rooms.size:
-            c = floats(rooms[0, rank], tokens * hidden).reshape(tokens, hidden)
-            e = floats(rooms[1, rank], tokens * hidden).reshape(tokens, hidden)
         qkv, at = floats(at, tokens * wide).reshape(tokens, wide), after(at, tokens * wide)
         q, at = floats(at, tokens * heads * dim).reshape(tokens, heads, dim), after(at, tokens * heads * dim)
         b, at = floats(at, tokens * heads * dim).reshape(tokens, heads, dim), after(at, tokens * heads * dim)
         gate_up, at = floats(at, tokens * 2 * ffn).reshape(tokens, 2 * ffn), after(at, tokens * 2 * ffn)
         d = floats(at, tokens * ffn).reshape(tokens, ffn)
         joined, nothing = b.reshape(tokens, heads * dim), room[:0].view(np.float32)
-        for i in range(len(matrices)):
-            w = matrices[i]
-            product(a, w[QKV], qkv, threads)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
-            add_bias(qkv, w[QKV, BIAS])
-            if gains[i, Q_NORM]:
-                norm_heads(kernels[NORM_HEADS], qkv, 0, heads, dim, gains[i, Q_NORM], nothing, eps)
-                norm_heads(kernels[NORM_HEADS], qkv, heads, shape[0, 0], dim, gains[i, K_NORM], nothing, eps)
-            k = cached(cache[i, 0], shape[0, 0] * shape[0, 1] * shape[0, 2]).reshape(shape[0, 0], shape[0, 1], shape[0, 2])
-            v = cached(cache[i, 1], shape[1, 0] * shape[1, 1] * shape[1, 2]).reshape(shape[1, 0], shape[1, 1], shape[1, 2])
-            call(kernels[ROPE_APPEND], (qkv, cos, sin, turned, slots, q, k, v, few))  # Q turned; K, V into the ring
-            call(kernels[ATTEND], (q, k, v, groups, table, blocks, numbers[BLOCK], numbers[WINDOW], scale, cap, numbers[SINKS],
-                                   b, threads))  # B  [tokens, heads/n, head_dim]
-            product(joined, w[OUT], c, threads)  # C, this rank's part
-            begin = nanoseconds()
-            number = all_reduce(c, parts, rooms, 0, flags, rank, number, patience)  # C, whole
+        for stage in range(first, last):
+            i = stage // 2
+            if stage % 2 == 0:
+                if i > 0:
+                    add_bias(e, matrices[i - 1, DOWN, BIAS])
+                    call(kernels[ADD_NORM], (c, e, floats(gains[i - 1, NEXT_NORM], hidden), eps, a, few))  # e += c, and A
+                if i == len(matrices):
+                    break
+                w = matrices[i]
+                product(a, w[QKV], qkv, threads)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
+                add_bias(qkv, w[QKV, BIAS])
+                if gains[i, Q_NORM]:
+                    norm_heads(kernels[NORM_HEADS], qkv, 0, heads, dim, gains[i, Q_NORM], nothing, eps)
+                    norm_heads(kernels[NORM_HEADS], qkv, heads, shape[0, 0], dim, gains[i, K_NORM], nothing, eps)
+                k = cached(cache[i, 0], shape[0, 0] * shape[0, 1] * shape[0, 2]).reshape(shape[0, 0], shape[0, 1], shape[0, 2])
+                v = cached(cache[i, 1], shape[1, 0] * shape[1, 1] * shape[1, 2]).reshape(shape[1, 0], shape[1, 1], shape[1, 2])
+                call(kernels[ROPE_APPEND], (qkv, cos, sin, turned, slots, q, k, v, few))  # Q turned; K, V into the ring
+                call(kernels[ATTEND], (q, k, v, groups, table, blocks, numbers[BLOCK], numbers[WINDOW], scale, cap,
+                                       numbers[SINKS], b, threads))  # B  [tokens, heads/n, head_dim]
+                product(joined, w[OUT], c, threads)  # C, this rank's part
+                begin = nanoseconds()
+                number = all_reduce(c, parts, rooms, 0, flags, rank, number, patience)  # C, whole
+            else:
+                w, before = matrices[i], x if i == 0 else e
+                add_bias(c, w[OUT, BIAS])
+                call(kernels[ADD_NORM], (before, c, floats(gains[i, MLP_NORM], hidden), eps, a, few))  # c += x, and A of the MLP
+                product(a, w[UP], gate_up, threads)
+                add_bias(gate_up, w[UP, BIAS])
+                call(kernels[GATED], (gate_up, numbers[ACTIVATION], d, few))  # D  [tokens, ffn/n]
+                product(d, w[DOWN], e, threads)  # E, this rank's part
+                begin = nanoseconds()
+                number = all_reduce(e, parts, rooms, 1, flags, rank, number, patience)  # E, whole
             spent += nanoseconds() - begin
-            add_bias(c, w[OUT, BIAS])
-            call(kernels[ADD_NORM], (x, c, floats(gains[i, MLP_NORM], hidden), eps, a, few))  # c += x, and A of the MLP
-            product(a, w[UP], gate_up, threads)
-            add_bias(gate_up, w[UP, BIAS])
-            call(kernels[GATED], (gate_up, numbers[ACTIVATION], d, few))  # D  [tokens, ffn/n]
-            product(d, w[DOWN], e, threads)  # E, this rank's part
-            begin = nanoseconds()
-            number = all_reduce(e, parts, rooms, 1, flags, rank, number, patience)  # E, whole
-            spent += nanoseconds() - begin
-            add_bias(e, w[DOWN, BIAS])
-            call(kernels[ADD_NORM], (c, e, floats(gains[i, NEXT_NORM], hidden), eps, a, few))  # e += c, and A of the next layer
-            x = e
         keep(room)
         return spent
 
@@ -208,30 +208,32 @@ def _layers(cached):
 
 
 _float32, _bfloat16 = _layers(floats), _layers(halves)
-LAYERS = ('i8(f4[:, ::1], f4[:, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[:, ::1], f4[:, ::1], f4[:, ::1], b1, '
-          'i8[::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[::1], f4, f4, f4, i8[:, ::1], i8[:, ::1], i8[::1], i8, i8, i8)')
+LAYERS = ('i8(i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8[::1], '
+          'i8[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[::1], f4, f4, f4, i8[:, ::1], '
+          'i8[:, ::1], i8[::1], i8, i8, i8)')
 
 
 @kernel(LAYERS)
-def layers_float32(x, a, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks, numbers, scale,
-                   cap, eps, parts, rooms, flags, rank, number, patience):
-    """All layers.  A, the first layer's, is put in and comes out as what the head takes; returns nanoseconds spent in sums.
+def layers_float32(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
+                   blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience):
+    """The stages first … last - 1: of layer i, 2 i gives C and 2 i + 1 gives E; the one behind the last layer gives the head's A.
 
-    x, a: [tokens, hidden] what A is the norm of, and A; both are written.  matrices, gains, cache, kernels: see Tables.
-    shape: [2, 3] of a layer's K and V.  cos, sin, turned, slots: see rope_append.  groups, table, blocks, scale, cap: see
-    attend.  parts, rooms: [2, ranks], or no rooms where sums are small, flags, rank, patience: see meeting.py; number: of the
-    last meeting.
+    x, a, c, e: [tokens, hidden] what A is the norm of, A, C and E; the first two are those of the first layer at the beginning.
+    matrices, gains, cache, kernels: see Tables.  shape: [2, 3] of a layer's K and V.  cos, sin, turned, slots: see rope_append.
+    groups, table, blocks, scale, cap: see attend.  parts, rooms: [2, ranks], or no rooms where sums are small, flags, rank,
+    patience: see meeting.py; one flag where sums are the caller's, after a stage.  number: of the last meeting.  Returns the
+    nanoseconds that sums took.
     """
-    return _float32(x, a, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks, numbers, scale,
-                    cap, eps, parts, rooms, flags, rank, number, patience)
+    return _float32(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
+                    blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience)
 
 
 @kernel(LAYERS)
-def layers_bfloat16(x, a, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks, numbers, scale,
-                    cap, eps, parts, rooms, flags, rank, number, patience):
+def layers_bfloat16(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
+                    blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience):
     """The same with a cache of bfloat16."""
-    return _bfloat16(x, a, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks, numbers, scale,
-                     cap, eps, parts, rooms, flags, rank, number, patience)
+    return _bfloat16(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
+                     blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience)
 
 
 COMPILED = {'float32': layers_float32, 'bfloat16': layers_bfloat16}
