@@ -42,7 +42,7 @@ class Job:
         """What it has said so far."""
         return self.messages.read_bytes().replace(b'\0', b'').decode()
 
-    def wait(self, condition, seconds: float = 60) -> bool:
+    def wait(self, condition, seconds: float = 180) -> bool:
         """Waits until condition() holds, or the job has ended: False."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -77,7 +77,7 @@ class Job:
                     continue
         return found
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = 180) -> int:
         """The exit code, once all processes are gone, which takes no longer than some seconds."""
         start = time.monotonic()
         code = self.launcher.wait(seconds)
@@ -91,7 +91,7 @@ class Job:
 def batch(size: int, *arguments, code: int = 0) -> str:
     """Run a batch that must end with this code; returns what it said."""
     with Job(size, *arguments) as job:
-        found = job.end(120)
+        found = job.end(400)
         assert found == code, f'exit code {found}: {job.said}'
         return job.said
 

@@ -55,13 +55,13 @@ def _version(launcher: str, _cache: dict = {}) -> str:  # noqa: B006  one look p
     return _cache[launcher]
 
 
-def run_ranks(size: int, *arguments, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+def run_ranks(size: int, *arguments, timeout: float = 400, **options) -> subprocess.CompletedProcess:
     """Run `python arguments` on `size` ranks and return what it printed, whatever its exit code."""
     options = {'text': True, 'env': environment(), 'stdin': subprocess.DEVNULL} | options
     return subprocess.run(command(size, *arguments), capture_output=True, timeout=timeout, **options)
 
 
-def run_program(name: str, size: int, *arguments, timeout: float = 120, **options):
+def run_program(name: str, size: int, *arguments, timeout: float = 400, **options):
     """Run tests/programs/<name> on `size` ranks; it must succeed, and its last line of output is JSON."""
     done = run_ranks(size, PROGRAMS / name, *arguments, timeout=timeout, **options)
     assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'

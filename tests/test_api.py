@@ -155,6 +155,6 @@ def test_models_beside_each_other(models, reciter, size):
 
 @pytest.mark.parametrize('script', [FAILING, FAILING_WITHIN])
 def test_a_script_that_fails_on_one_rank_ends_them_all(reciter, script):
-    done = run_ranks(2, '-c', script, reciter, timeout=30)
+    done = run_ranks(2, '-c', script, reciter, timeout=120)
     assert done.returncode != 0
     assert sum(line.startswith('tpmpi: rank 1 ') for line in done.stderr.splitlines()) == 1, done.stderr

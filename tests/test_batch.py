@@ -366,7 +366,7 @@ def test_the_same_command_goes_on_however_the_last_one_ended(reciter, nine_heads
     code, said = struck(2, 2, lambda job: job.launcher.send_signal(sig))
     assert code == STOPPED and re.search(stopped, said)
     assert re.search(stopped, batch(1, *options, '--time-limit', 2, code=STOPPED))
-    batch(2, *options)
+    batch(2, *options, '--max-sequences', 16)
     assert is_recited(records(output), count)
 
     data = output.read_bytes()

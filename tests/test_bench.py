@@ -115,7 +115,7 @@ def test_the_table_is_short_and_for_rank_0_alone():
     (['--model', 'nowhere.h5'], r'nowhere\.h5: No such file'), (['--unknown'], 'unrecognized'),
 ])
 def test_bad_input_gets_one_line(arguments, message):
-    done = run_ranks(2, '-m', 'tpmpi.bench', *arguments, timeout=30)
+    done = run_ranks(2, '-m', 'tpmpi.bench', *arguments, timeout=120)
     errors = own_errors(done.stderr)
     assert done.returncode != 0 and done.stdout == ''
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr

@@ -29,7 +29,7 @@ SOURCE = FOLDER / 'tiny_llama'
 
 def run(*arguments):
     return subprocess.run([sys.executable, '-m', 'tpmpi.convert', *map(str, arguments)], capture_output=True, text=True,
-                          env=environment(), timeout=60)
+                          env=environment(), timeout=180)
 
 
 def source_bits() -> dict[str, np.ndarray]:
@@ -298,7 +298,7 @@ class Conversion:
 
     def until(self, lines: int):
         """Waits until the journal has so many lines, or the conversion ends; returns self."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while self.process.poll() is None and len(self.lines()) < lines:
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -314,7 +314,7 @@ class Conversion:
         """The exit code and the lines of standard error, after a signal."""
         if number is not None:
             self.process.send_signal(number)
-        lines = self.process.communicate(timeout=60)[1].splitlines()
+        lines = self.process.communicate(timeout=180)[1].splitlines()
         return self.process.returncode, [line.removeprefix('tpmpi.convert: ') for line in lines]
 
     def offsets(self) -> set[int]:

@@ -251,7 +251,7 @@ def test_headers_that_lie(path, data, message):
 def test_a_pipe_is_refused_at_once(path):
     os.mkfifo(path)
     code = 'import sys; from pathlib import Path; from tpmpi.formats import open_checkpoint; open_checkpoint(Path(sys.argv[1]))'
-    done = subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, timeout=20, env=environment())
+    done = subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, timeout=90, env=environment())
     assert done.stderr.splitlines()[-1].endswith(f'{path} is no regular file; expected one, or a link to one')
 
 

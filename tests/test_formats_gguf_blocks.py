@@ -133,7 +133,7 @@ def test_the_command_says_what_was_lost(tmp_path):
 
     def lines(*options):
         done = subprocess.run([sys.executable, '-m', 'tpmpi.convert', tmp_path / 'model.gguf', tmp_path / 'model.h5', *options],
-                              capture_output=True, text=True, env=environment(), timeout=60, check=True)
+                              capture_output=True, text=True, env=environment(), timeout=180, check=True)
         return [line.removeprefix('tpmpi.convert: ') for line in done.stderr.splitlines()]
 
     assert lines()[:-1] == ['Q8_0 -> int8, exact: 5 tensors', 'float32 -> float32, exact: 5 tensors',

@@ -282,7 +282,7 @@ def test_a_pipe_is_refused_at_once(folder, file, linked):
 def in_time(source) -> str:
     """The last line of what a process that opens a checkpoint says; it does not wait for ever."""
     code = 'import sys; from pathlib import Path; from tpmpi.formats import open_checkpoint; open_checkpoint(Path(sys.argv[1]))'
-    return subprocess.run([sys.executable, '-c', code, source], capture_output=True, text=True, timeout=20,
+    return subprocess.run([sys.executable, '-c', code, source], capture_output=True, text=True, timeout=90,
                           env=environment()).stderr.splitlines()[-1]
 
 

@@ -64,7 +64,7 @@ def run(cwd, address, *arguments, **env):
     """The command in an empty home; returns (exit code, the lines that it said)."""
     settings = {'HF_ENDPOINT': address, 'HF_HOME': str(cwd / 'home'), 'HF_HUB_DISABLE_XET': '1'} | env
     done = subprocess.run([sys.executable, '-m', 'tpmpi.convert', *map(str, arguments)], capture_output=True, text=True,
-                          cwd=cwd, env=environment(**settings), timeout=60)
+                          cwd=cwd, env=environment(**settings), timeout=180)
     return done.returncode, [line.removeprefix('tpmpi.convert: ') for line in done.stderr.splitlines()]
 
 

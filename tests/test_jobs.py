@@ -33,7 +33,7 @@ def job(tmp_path):
         arguments = arguments or ('--output', 'out.jsonl')
         (tmp_path / 'requeued').unlink(missing_ok=True)
         with open(tmp_path / err, 'a') as err:
-            done = subprocess.run(['bash', SCRIPT, '--input', 'in.jsonl', *arguments], cwd=tmp_path, env=env, timeout=30,
+            done = subprocess.run(['bash', SCRIPT, '--input', 'in.jsonl', *arguments], cwd=tmp_path, env=env, timeout=120,
                                   stdin=subprocess.DEVNULL, stderr=err)
         return done.returncode, (tmp_path / 'requeued').exists()
 

@@ -129,7 +129,7 @@ def test_threads_never_exceed_the_cores(masks, quota):
 
 
 def run_python(program: str) -> str:
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=180,
                           env=os.environ | {'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -252,7 +252,7 @@ def worker():
 def ended(process: subprocess.Popen) -> str:
     """What a worker said at its end."""
     with process:
-        return '' if process.stdout.closed else process.communicate(timeout=60)[0]
+        return '' if process.stdout.closed else process.communicate(timeout=180)[0]
 
 
 def opened(output: Path, **options) -> tuple[list[dict], dict[int, list[int]]]:

@@ -216,7 +216,7 @@ print(resident_bytes(), peak_bytes())
     try:
         before, held = map(int, process.stdout.readline().split())
         seen = memory.resident_bytes(process.pid)
-        output, _ = process.communicate('\n', timeout=60)
+        output, _ = process.communicate('\n', timeout=180)
     finally:
         process.kill()
         process.communicate()

@@ -236,7 +236,7 @@ print('alive')
     else:
         errors = os.open('/dev/full' if target == '/dev/full' else os.devnull, os.O_WRONLY)
     try:
-        done = subprocess.run([sys.executable, '-c', program, target], cwd=ROOT, timeout=60, stdout=subprocess.PIPE,
+        done = subprocess.run([sys.executable, '-c', program, target], cwd=ROOT, timeout=180, stdout=subprocess.PIPE,
                               stderr=errors, text=True)
     finally:
         os.close(errors)

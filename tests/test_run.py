@@ -46,7 +46,7 @@ def run_into(output: str, *arguments) -> subprocess.CompletedProcess:
     if reading is not None:
         os.close(reading)
     try:
-        return subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+        return subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=180)
     finally:
         os.close(writing)
 
@@ -172,7 +172,7 @@ def test_the_trace_shows_each_stage_of_each_rank(models):
 def test_bad_input_gets_one_line(models, arguments, message):
     if '--model' not in arguments:
         arguments = ['--model', models['nine_heads'][0], *arguments]
-    done = run(2, *(a if isinstance(a, bytes) else str(a) for a in arguments), timeout=30)
+    done = run(2, *(a if isinstance(a, bytes) else str(a) for a in arguments), timeout=120)
     errors = own_errors(done.stderr)
     assert done.returncode != 0 and done.stdout == ''
     assert len(errors) == 1 and re.search(message, errors[0]), done.stderr
@@ -190,7 +190,7 @@ def test_all_ranks_end_where_rank_0_cannot_write(reciter):
     code = 'import os, sys; os.environ["PMI_RANK"] != "0" or os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'
     if is_open_mpi():
         pytest.skip('its ranks have another variable')
-    done = run_ranks(2, '-c', f'{code}; from tpmpi import run; sys.exit(run.main(sys.argv[1:]))', '--model', reciter, timeout=30)
+    done = run_ranks(2, '-c', f'{code}; from tpmpi import run; sys.exit(run.main(sys.argv[1:]))', '--model', reciter, timeout=120)
     assert done.returncode == 1 and own_errors(done.stderr) == STANDARD_OUTPUTS['full']
 
 
@@ -201,7 +201,7 @@ def test_all_ranks_end_where_rank_0_cannot_write(reciter):
 def test_a_closed_standard_stream_is_no_other_one(reciter, closing, arguments, output, errors):
     command = [sys.executable, '-m', 'tpmpi.run', '--model', str(reciter), *arguments]
     done = subprocess.run(['sh', '-c', f'exec "$0" "$@" {closing}', *command], capture_output=True, text=True, env=environment(),
-                          timeout=60)
+                          timeout=180)
     assert done.stdout == output and own_errors(done.stderr) == errors
 
 

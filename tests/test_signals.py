@@ -39,7 +39,7 @@ class Run:
         self.launcher.communicate()
 
     def wait_for(self, name: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (self.folder / name).exists():
             assert self.launcher.poll() is None and time.monotonic() < deadline, self.launcher.communicate(timeout=1)
             time.sleep(0.01)

@@ -57,7 +57,7 @@ class Run:
         process = subprocess.Popen([mpirun(), '-n', str(ranks), *program], env=environ, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=180)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
