@@ -50,7 +50,7 @@ with tpmpi.load(sys.argv[1], threads=1) as llm:
     llm.generate('x')
 '''
 MODELS = '''
-import json, os, sys, threading, tpmpi
+import json, os, sys, threading, tpmpi, weakref
 from pathlib import Path
 
 def shared_mappings():
@@ -71,7 +71,7 @@ before = shared_mappings()
 found = [load('nothing.h5'), load(sys.argv[1], threads=2)]
 for _ in range(3):
     with tpmpi.load(sys.argv[1], weights='bfloat16') as third:
-        stream = third.stream('x')
+        weights, stream = weakref.ref(third.engine.model), third.stream('x')
         found += [first.generate('x').text, second.generate([5], max_new_tokens=3).tokens, third.generate('日').text]
         pieces = [next(stream, None)]
         try:
@@ -80,6 +80,7 @@ for _ in range(3):
             found.append(str(error))
         found.append([*pieces, *stream])
     third.close()
+    found.append(weights() is None)
     for call in (lambda: third.generate('x'), lambda: next(third.stream('x'))):
         try:
             call()
@@ -149,7 +150,7 @@ def test_models_beside_each_other(models, reciter, size):
     assert 'nothing.h5' in found[0]
     assert found[1:] == ['threads is 2, and the first model of this script was loaded with 1; leave it out'] + 3 * [
         'é日🎉!', tokens[1:], '🎉!', 'a stream is open: read it to its end, or close it, before the model',
-        ['é', '日', '🎉', '!'], closed, closed]
+        ['é', '日', '🎉', '!'], True, closed, closed]
     assert (mappings, watchmen, threads) == (0, size > 1, size > 1)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
-from ranks import run_program
+from ranks import run_program, run_ranks
 
 from tpmpi.comm import Communicator, GroupError
 
@@ -100,3 +102,21 @@ def test_sums_in_shared_memory(size, ranks_of_node):
         assert found['worst'] < 1e-5 and found['kept'] and found['refused'] and found['exact']
         assert found['numbers'] == (600 + 2 * 17 if size == ranks_of_node else 0)  # meetings: 600 small sums, 17 large ones
         assert found['plain'] == size * (size + 1) / 2 and found['calls'] == 6
+
+
+PLACE = '''
+import json, os, types
+from mpi4py import MPI
+from tpmpi import shared_sums
+os.statvfs = lambda path: types.SimpleNamespace(f_bavail=500_000, f_frsize=1)
+found = [shared_sums.share(MPI.COMM_WORLD, 4096, None, ranks) for ranks in (1, 8)]
+if MPI.COMM_WORLD.rank == 0:
+    print(json.dumps([sums is not None for sums in found]))
+for sums in filter(None, found):
+    sums.close()
+'''
+
+
+def test_shared_memory_must_hold_the_rooms_of_all_replicas_of_a_node():
+    done = run_ranks(2, '-c', PLACE)
+    assert json.loads(done.stdout) == [True, False], done.stderr  # two ranks take 114,688 bytes, of twice as many free

@@ -181,7 +181,7 @@ def _load(session, comm, open_all, tracing: bool) -> LLM:
         comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
         atexit.register(comm.close_carrier)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, run.weights))
-        comm.shared = _shared_sums(comm, run, opened, reader.config.hidden_size, ops)
+        comm.shared = _shared_sums(session, comm, run, opened, reader.config.hidden_size, ops)
         model = session.agreed(load_model, reader, part, ops, run.context, run.verify, opened.xp, run.weights, run.sinks,
                                session.comm.while_waiting)
     _keep_freed_memory()
@@ -289,12 +289,12 @@ def _carrier(session, comm, run: RunConfig, opened, shared: bool, hidden: int):
     return carrier
 
 
-def _shared_sums(comm, run: RunConfig, opened, hidden: int, ops):
+def _shared_sums(session, comm, run: RunConfig, opened, hidden: int, ops):
     """How sums of host memory go among ranks of a node, alike on all ranks; None where MPI alone carries them."""
     from tpmpi import shared_sums
     if opened.gpu is not None or comm.size == 1 or run.collective != 'auto':
         return None
-    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden, ops.node_sums)
+    return shared_sums.share(comm.mpi_comm, 4 * run.chunk * hidden, ops.node_sums, session.local_size)
 
 
 def _kernels(session, run: RunConfig, device, config, kinds: set[str]):

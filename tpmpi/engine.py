@@ -141,7 +141,7 @@ class Engine:
         """Let go of weights and cache.  Raises ConfigError while a stream is open."""
         if self.streaming:
             raise ConfigError('a stream is open: read it to its end, or close it, before the model')
-        self.model = self.cache = self.scheduler = None
+        self.model = self.cache = self.layers = self.scheduler = None
 
     def check(self) -> None:
         """Raises ConfigError after `close`, or where an error has left the ranks in the middle of a step, each somewhere else."""

@@ -151,10 +151,13 @@ class SharedSums:
         self.node.Free()
 
 
-def share(comm: MPI.Comm, nbytes: int, kernels: tuple | None = None) -> SharedSums | None:
-    """Rooms for the ranks of comm, or None on all of them: one rank a node, unequal nodes, or no place.  A collective call."""
+def share(comm: MPI.Comm, nbytes: int, kernels: tuple | None = None, on_node: int = 1) -> SharedSums | None:
+    """Rooms for the ranks of comm, or None on all of them: one rank a node, unequal nodes, or no place.  A collective call.
+
+    on_node: all ranks of this node, also of other groups, which ask for as much.
+    """
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    needed = node.size * (2 * nbytes + 2 * LEAST + 4 * PAGE)
+    needed = max(node.size, on_node) * (2 * nbytes + 2 * LEAST + 4 * PAGE)
     try:
         place = os.statvfs(FOLDER)
         fits = 2 * needed < place.f_bavail * place.f_frsize  # MPI's own messages lie there, too
