@@ -146,12 +146,42 @@ def test_models_beside_each_other(models, reciter, size):
     done = run_ranks(size, '-c', MODELS, reciter, path)
     assert done.returncode == 0, done.stderr
     found, mappings, watchmen, threads = json.loads(done.stdout)
-    closed = 'the model is closed; load it again'
+    closed, stream = 'the model is closed; load it again', 'a stream is open: read it to its end, or close it, before the model'
+    if size > 1:
+        stream = 'a stream is open, and the other ranks compute it: read it to its end, or close it, first'
     assert 'nothing.h5' in found[0]
     assert found[1:] == ['threads is 2, and the first model of this script was loaded with 1; leave it out'] + 3 * [
-        'é日🎉!', tokens[1:], '🎉!', 'a stream is open: read it to its end, or close it, before the model',
+        'é日🎉!', tokens[1:], '🎉!', stream,
         ['é', '日', '🎉', '!'], True, closed, closed]
     assert (mappings, watchmen, threads) == (0, size > 1, size > 1)
+
+
+WITHIN = '''
+import json, sys, tpmpi
+one, two, found = tpmpi.load(sys.argv[1], threads=1), tpmpi.load(sys.argv[1]), []
+for piece in one.stream('x'):
+    for call in (lambda: one.generate('x'), lambda: two.generate('x').text, two.close, lambda: list(two.stream('x'))):
+        try:
+            found.append(call())
+        except ValueError as error:
+            found.append(str(error))
+    break
+text = one.generate('x').text
+if one.rank == 0:
+    print(json.dumps([found, text]))
+'''
+
+
+@pytest.mark.parametrize('size', [1, 2])
+def test_a_call_within_a_stream(reciter, size):
+    """The other ranks compute the stream, and do not come to the calls that rank 0 makes between its pieces."""
+    done = run_ranks(size, '-c', WITHIN, reciter)
+    assert done.returncode == 0, done.stderr
+    open_there = 'a stream is open, and the other ranks compute it: read it to its end, or close it, first'
+    another = 'another stream is open: read it to its end, or close it, before the next request'
+    closed = 'the model is closed; load it again'
+    expected = [another, 'é日🎉!', None, closed] if size == 1 else [open_there] * 4
+    assert json.loads(done.stdout) == [expected, 'é日🎉!']
 
 
 @pytest.mark.parametrize('script', [FAILING, FAILING_WITHIN])

@@ -11,6 +11,30 @@ from ranks import run_program
 
 pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
 
+from tpmpi.kernels import jit  # noqa: E402
+from tpmpi.kernels.layers import call  # noqa: E402
+
+
+@jit.kernel('void(i8)')
+def too_large(x):
+    if x > 2:
+        raise MemoryError
+
+
+@jit.kernel('i8(i8, i8)')
+def caller(address, x):
+    call(address, (x,))
+    return x
+
+
+def test_an_error_of_a_kernel_called_at_its_address_is_one_of_its_caller(monkeypatch, tmp_path):
+    monkeypatch.setattr(jit, 'FOLDER', tmp_path)
+    jit.build([too_large, caller])
+    assert caller(jit.address_of(too_large), 2) == 2
+    with pytest.raises(MemoryError):
+        caller(jit.address_of(too_large), 3)
+
+
 USUAL = {
     'nine_heads': tiny.NINE_HEADS, 'groups': tiny.GROUPS,
     'biases': dataclasses.replace(tiny.NINE_HEADS, qkv_bias=True, attn_out_bias=True, mlp_bias=True, activation='gelu_tanh'),

@@ -66,6 +66,7 @@ def test_a_job_that_never_gains_a_token_does_not_come_back_for_ever(job):
     assert [job('exit 75') for _ in range(6)] == [(75, True)] * 4 + [(75, False)] * 2
     assert 'give the job more --time' in (job.folder / 'job-7.err').read_text()
     assert job('echo "{}" >> out.jsonl; exit 75') == (75, True)
+    assert [job('exit 75') for _ in range(5)] == [(75, True)] * 4 + [(75, False)]
 
 
 def test_a_job_whose_messages_lie_elsewhere_comes_back(job):

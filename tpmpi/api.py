@@ -70,6 +70,7 @@ class LLM:
         Raises ValueError on all ranks alike.
         """
         self.engine.check()
+        self.session.check_streams()
         tokens = self.session.comm.share(self.session.agreed(self._encode, prompt))
         return self.session.agreed(self._request, tokens, **params)
 
@@ -97,10 +98,16 @@ class LLM:
 
     def stream(self, prompt, **params) -> Iterator[str]:
         """The text of a prompt's continuation, piece by piece, on rank 0; every rank must consume its stream."""
-        yield from self.engine.stream(self.request(prompt, **params))
+        request = self.request(prompt, **params)
+        self.session.streams.append(request)
+        try:
+            yield from self.engine.stream(request)
+        finally:
+            self.session.streams.remove(request)
 
     def close(self) -> None:
         """Give the weights, the cache and what is shared with other ranks back.  A collective call; a second one does nothing."""
+        self.session.check_streams()
         self.engine.close()
         comm, self.comm = self.comm, None
         if comm is not None:
@@ -110,8 +117,11 @@ class LLM:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None or self.session.comm.size == 1:  # an error may be this rank's alone: the others would wait
+        if kind is None:
             self.close()
+        elif self.session.comm.size == 1:  # else an error may be this rank's alone: the others would wait
+            with contextlib.suppress(ConfigError):  # a stream is open: the first error is the one to tell
+                self.close()
 
 
 def load(model: str | Path | None = None, *, context: int | None = None, device: str = 'auto', threads: int | None = None,
@@ -135,8 +145,11 @@ def load(model: str | Path | None = None, *, context: int | None = None, device:
     communicator is the caller's, else the model's own.
     Raises ValueError (LaunchError, or comm.GroupError on all ranks) with one line that says what to do.
     """
+    if group is not None and session is None:
+        raise ConfigError('group is given without the session that it is of; give both, or none')
     if own := session is None:
         session = sessions.of_script(threads)
+        session.check_streams()
         group = session.comm.split(0)  # models beside each other do not meet
         session.watch.where = lambda: (0, session.comm.entered_in_all)
     comm = session.comm if group is None else group
@@ -178,6 +191,7 @@ def _load(session, comm, open_all, tracing: bool) -> LLM:
         opened, sharers = _open_device(session, run)
         part = shard(reader.config, comm.rank, comm.size)
         session.agreed(_check_memory, opened, sharers, reader, part, run)
+        comm.close_sums()  # of a model that was loaded before on a caller's communicator
         comm.carrier = _carrier(session, comm, run, opened, sharers > 1, reader.config.hidden_size)
         atexit.register(comm.close_carrier)
         ops = _kernels(session, run, opened, reader.config, matrix_kinds(reader, run.weights))

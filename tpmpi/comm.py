@@ -199,12 +199,16 @@ class Communicator:
             with contextlib.suppress(RuntimeError):  # the GPU is lost, and that was said
                 carrier.close()
 
-    def close(self) -> None:
-        """Give back what sums take, and the communicator itself; collective, and the last call."""
+    def close_sums(self) -> None:
+        """Give back what sums take; collective.  They go by MPI then."""
         self.close_carrier()
         if self.shared is not None:
             self.shared.close()
             self.shared = None
+
+    def close(self) -> None:
+        """Give back what sums take, and the communicator itself; collective, and the last call."""
+        self.close_sums()
         self.mpi_comm.Free()
 
     def memory_kinds(self) -> str | None:

@@ -138,10 +138,12 @@ class Engine:
         return max(0, min(most, config.learned_positions or most) - len(prompt_tokens))
 
     def close(self) -> None:
-        """Let go of weights and cache.  Raises ConfigError while a stream is open."""
+        """Let go of weights and cache.  Raises ConfigError while a stream is open, and where the ranks are out of step."""
         if self.streaming:
             raise ConfigError('a stream is open: read it to its end, or close it, before the model')
-        self.model = self.cache = self.layers = self.scheduler = None
+        if self.failed:
+            self.check()
+        self.model = self.cache = self.layers = self.scheduler = self.sampler = self.ops = None
 
     def check(self) -> None:
         """Raises ConfigError after `close`, or where an error has left the ranks in the middle of a step, each somewhere else."""
@@ -342,7 +344,8 @@ class Engine:
             self.running.clear()
             self.requests.clear()
             self.scored.clear()
-            self.cache, self.resting, self.failed = None, False, self.comm.size > 1
+            self.cache = self.layers = None
+            self.resting, self.failed = False, self.comm.size > 1
             raise
         finally:
             self.streaming = False

@@ -13,6 +13,8 @@ from tpmpi.kernels.cpu import EVERYWHERE, bounds_of, rows_of, tables_of
 from tpmpi.model import all_layers, embedded, norm
 from tpmpi.shared_sums import ALONE
 
+MOST_TOKENS = 64  # of more a layer takes so long that what Python takes is nothing, and the memory of all its parts would be much
+
 
 class FusedLayers:
     """The layers of steps on one cache.  ops: kernels.cpu's."""
@@ -48,11 +50,10 @@ class FusedLayers:
             room = comm.room(x.shape)
             return array if room is None else room
 
-        end, (c, e) = 2 * len(model.layers), alignment.empty((2, *x.shape), np.float32)
-        meeting = ALONE if comm.size == 1 else comm.meeting(x.nbytes)
+        end, meeting = 2 * len(model.layers), ALONE if comm.size == 1 else comm.meeting(x.nbytes)
+        in_rooms = meeting is not None and meeting.rooms.size > 0
+        c, e = comm.shared.next_rooms(x.shape) if in_rooms else alignment.empty((2, *x.shape), np.float32)
         if meeting is not None:
-            if meeting.rooms.size:
-                c, e = comm.shared.next_rooms(x.shape)
             with comm.sums_within(end, x.nbytes) as (sums, number):  # C and E of each layer
                 sums.seconds = 1e-9 * run(0, end + 1, c, e, meeting, number)
         else:
@@ -68,7 +69,7 @@ class FusedLayers:
 
     def _tables(self, tokens: int) -> layers.Tables | None:
         """For steps of so many tokens; None where one kernel is not all of an operation."""
-        if tokens not in self.tables and self.possible:
+        if tokens not in self.tables and self.possible and tokens <= MOST_TOKENS:
             products = [[self.ops.product_alone(tokens, dense.weight) for dense in layers.matrices_of(layer)]
                         for layer in self.model.layers]
             apart = not all(map(all, products)) or tokens >= (self.ops.norms_in_tiles or tokens + 1)

@@ -18,11 +18,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 from tpmpi import comm as mpi
 from tpmpi import device, launch
+from tpmpi.config import ConfigError
 from tpmpi.watch import Watch
 
 FAILED, USAGE = 1, 2  # exit codes
@@ -40,6 +41,12 @@ class Session:
     local_rank: int  # among the ranks of this node
     local_size: int
     threads: int  # that this rank computes with
+    streams: list = field(default_factory=list)  # requests of a script that are being read
+
+    def check_streams(self) -> None:
+        """Raises ConfigError where this rank is in the middle of a stream, in which the others do nothing but compute it."""
+        if self.streams and self.comm.size > 1:
+            raise ConfigError('a stream is open, and the other ranks compute it: read it to its end, or close it, first')
 
     def agreed(self, function: Callable, *arguments, **options):
         """Call a function that every rank calls; if it fails on any, all raise the same GroupError."""

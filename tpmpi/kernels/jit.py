@@ -91,7 +91,7 @@ def build(kernels) -> None:
 def address_of(dispatcher) -> int:
     """Where the machine code of a kernel that is ready begins, for `call` in a kernel (see layers.py)."""
     compiled, = dispatcher.overloads.values()
-    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
 
 
 def missing(kernels) -> int:

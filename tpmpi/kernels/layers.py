@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tpmpi.config import ModelConfig
@@ -85,12 +86,17 @@ def _address(array: np.ndarray) -> int:
 
 @intrinsic
 def call(typing_context, address, arguments):
-    """Calls the kernel whose machine code begins at an address, as jit.address_of gives it, with a tuple of arguments."""
+    """Calls the kernel whose machine code begins at an address, as jit.address_of gives it, with a tuple of arguments.
+
+    An error, as of memory, is one of the caller.
+    """
     def emit(context, builder, signature, args):
-        kinds = [context.get_value_type(kind) for kind in signature.args[1].types]
-        function = ir.FunctionType(context.get_value_type(types.none), kinds)
+        kinds, calls = signature.args[1].types, context.call_conv
         values = [builder.extract_value(args[1], i) for i in range(len(kinds))]
-        builder.call(builder.inttoptr(args[0], function.as_pointer()), values)
+        function = builder.inttoptr(args[0], calls.get_function_type(types.none, kinds).as_pointer())
+        status, _ = calls.call_function(builder, function, types.none, kinds, values)
+        with cgutils.if_unlikely(builder, status.is_error):
+            calls.return_status_propagate(builder, status)
         return context.get_dummy_value()
     return types.void(types.int64, arguments), emit
 
@@ -102,7 +108,7 @@ def nanoseconds(typing_context):
         name, clock, pair = 'clock_gettime', ir.IntType(32), ir.ArrayType(I64, 2)
         function = builder.module.globals.get(name) or ir.Function(
             builder.module, ir.FunctionType(clock, [clock, pair.as_pointer()]), name)
-        place = builder.alloca(pair)
+        place = cgutils.alloca_once(builder, pair)
         builder.call(function, [clock(CLOCK_MONOTONIC), place])
         seconds, rest = (builder.extract_value(builder.load(place), i) for i in (0, 1))
         return builder.add(builder.mul(seconds, I64(10**9)), rest)
