@@ -87,4 +87,7 @@ def test_other_layers_go_one_by_one(files):
 def test_rounded_activations(files, activations):
     asked = [case for kind in ('int8', 'bfloat16') for case in cases(files, 'groups', weights=kind, activations=activations,
                                                                      threads=1)]
-    run_program('fused.py', 2, json.dumps({'requests': 2, 'all_parts': 65536, 'cases': asked}), timeout=600)
+    found = run_program('fused.py', 2, json.dumps({'requests': 2, 'all_parts': 65536, 'cases': asked}), timeout=600)
+    for case, (at_once, steps) in zip(asked, found, strict=True):
+        apart = case['weights'] == activations == 'bfloat16' and not jit.HAS_PAIRS  # x is rounded by a kernel of its own
+        assert at_once == [0, 0] if apart else min(at_once) >= steps - 1, case

@@ -1,8 +1,8 @@
 """All layers of a step of few tokens in one call: what model.decoder_layer does, without Python between its kernels.
 
-In a small model a token of decode takes some milliseconds, a fourth of which went by between the kernels: some forty calls of
-Python for each layer, whose code and objects the weights have driven out of the caches meanwhile.  Here the same kernels
-follow each other, called at their addresses, so that a result has the same bits either way, and little is compiled twice.
+In a small model a token of decode takes some milliseconds, of which a fourth (SmolLM2 in int8 on a Zen 3) went by between the
+kernels: in 125 calls of Python functions for each layer, as cProfile counts them.  Here the same kernels follow each other,
+called at their addresses, so that a result has the same bits either way, and little is compiled twice.
 """
 
 from __future__ import annotations
