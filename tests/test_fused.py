@@ -39,16 +39,24 @@ USUAL = {
     'nine_heads': tiny.NINE_HEADS, 'groups': tiny.GROUPS,
     'biases': dataclasses.replace(tiny.NINE_HEADS, qkv_bias=True, attn_out_bias=True, mlp_bias=True, activation='gelu_tanh'),
     'norms': dataclasses.replace(tiny.GROUPS, qk_norm='head', attention_softcap=2.0, attention_scale=0.3, rotary_dim=16),
-    'window': dataclasses.replace(tiny.NINE_HEADS, window=11, rope_theta=None, tie_embeddings=True)}
-OTHERS = {name: tiny.CONFIGS[name] for name in ('capped', 'post_norm', 'experts', 'literal', 'parallel')} | {
+    'window': dataclasses.replace(tiny.NINE_HEADS, window=11, rope_theta=None, tie_embeddings=True),
     'two windows': dataclasses.replace(tiny.NINE_HEADS, window=7, window_layers=(1,)),
-    'two ropes': dataclasses.replace(tiny.NINE_HEADS, nope_layers=(1,))}
+    'two ropes': dataclasses.replace(tiny.GROUPS, num_layers=3, nope_layers=(1,), query_growth=0.8, query_growth_positions=5),
+    'capped': tiny.CAPPED,  # with three layers, two windows, two ropes, a multiplier of sums
+    'layer_norm': dataclasses.replace(tiny.BIASED, parallel_block=False, parallel_mlp_norm=False, num_layers=3),
+    'parallel': dataclasses.replace(tiny.PARALLEL, num_layers=3, norm='layer', residual_multiplier=0.6),  # an odd number of sums
+    'two norms': tiny.BIASED,
+    # columns for each of four ranks, since with a mixture all go one way
+    'experts': dataclasses.replace(tiny.EXPERTS, ffn_size=260, expert_ffn_size=258, shared_ffn_size=300, shared_gate=False),
+    'experts alone': dataclasses.replace(tiny.EXPERTS, hidden_size=64, head_dim=32, qk_norm='head', dense_layers=(),
+                                         expert_ffn_size=256, normalize_experts=False, shared_ffn_size=0, shared_gate=False)}
+OTHERS = {'norms behind': tiny.POST_NORM, 'gated experts': tiny.EXPERTS, 'literal': tiny.LITERAL}
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp('fused')
-    for name, config in (USUAL | OTHERS).items():
+    for name, config in (*USUAL.items(), *OTHERS.items()):
         tiny.write_model(folder / f'{name}.h5', dataclasses.replace(config, max_positions=64))
     return folder
 
@@ -62,8 +70,8 @@ def cases(files, *names, **options):
 def test_bits_and_sums_are_those_of_layers_one_by_one(files, size, requests, threads, all_parts):
     asked = cases(files, *USUAL, threads=threads)
     for kind in ('int8', 'int4', 'bfloat16'):
-        asked += cases(files, 'groups', weights=kind, threads=threads)
-    asked += cases(files, 'norms', 'window', kv='bfloat16', threads=threads)
+        asked += cases(files, 'groups', 'experts alone', weights=kind, threads=threads)
+    asked += cases(files, 'norms', 'window', 'capped', kv='bfloat16', threads=threads)
     found = run_program('fused.py', size, json.dumps({'requests': requests, 'all_parts': all_parts, 'cases': asked}), timeout=600)
     for case, (at_once, steps) in zip(asked, found, strict=True):
         if requests <= 4:  # more may go to matrix units
@@ -72,9 +80,16 @@ def test_bits_and_sums_are_those_of_layers_one_by_one(files, size, requests, thr
 
 @pytest.mark.parametrize(('requests', 'options'), [(2, {'collective': 'mpi'}), (17, {'nodes': 2})])
 def test_sums_that_need_messages(files, requests, options):
-    asked = cases(files, 'nine_heads', 'biases', 'groups', threads=1, **options)
+    asked = cases(files, 'nine_heads', 'biases', 'groups', 'capped', 'parallel', 'two norms', 'experts', threads=1, **options)
     found = run_program('fused.py', 4, json.dumps({'requests': requests, 'all_parts': 65536, 'cases': asked}), timeout=600)
     assert requests > 4 or all(max(at_once) == steps for at_once, steps in found)
+
+
+def test_where_ranks_choose_other_experts_a_step_is_computed_once_more(files):
+    """As all_layers does it, where rank 0's choice counts, which tests of the model compare with float64."""
+    asked = {'requests': 2, 'all_parts': 65536, 'cases': cases(files, 'experts', 'experts alone', threads=1, shaken=True)}
+    for at_once, steps in run_program('fused.py', 2, json.dumps(asked), timeout=600):
+        assert at_once == [steps] * 2
 
 
 def test_other_layers_go_one_by_one(files):

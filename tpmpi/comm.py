@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter, sleep
 
@@ -92,16 +92,16 @@ class Communicator:
         return None if self.shared is None else self.shared.meeting(nbytes)
 
     @contextlib.contextmanager
-    def sums_within(self, calls: int, nbytes: int) -> Iterator[tuple[Traffic, int]]:
-        """Around a kernel that makes so many sums, of so many bytes each: what they cost, without the seconds, which the caller
-        puts in, and the number of the last one before."""
-        sums, traffic, shared = Traffic(calls, calls * nbytes), self.traffic['all_reduce'], self.shared
-        self.entered += calls
+    def sums_within(self, sizes: Sequence[int]) -> Iterator[tuple[Traffic, int]]:
+        """Around a kernel that makes sums of so many bytes: what they cost, without the seconds, which the caller puts in, and
+        the number of the last one before."""
+        sums, traffic, shared = Traffic(len(sizes), sum(sizes)), self.traffic['all_reduce'], self.shared
+        self.entered += sums.calls
         yield sums, 0 if shared is None else shared.number
         if shared is not None:
-            shared.met(calls, nbytes)
+            shared.met(sums.calls, max(sizes))
         traffic.calls, traffic.bytes, traffic.seconds = (
-            traffic.calls + calls, traffic.bytes + sums.bytes, traffic.seconds + sums.seconds)
+            traffic.calls + sums.calls, traffic.bytes + sums.bytes, traffic.seconds + sums.seconds)
 
     def gather(self, x, out) -> None:
         """Collect one small host array of each rank on rank 0.  x: [...], out: [size, ...] there and None elsewhere."""

@@ -82,7 +82,7 @@ class SharedSums:
         return x is self.given or x.nbytes <= self.small
 
     def meeting(self, nbytes: int) -> Meeting | None:
-        """Where a kernel makes sums of so many bytes by itself, an even number of them; None where it cannot."""
+        """Where a kernel makes sums of so many bytes by itself; None where it cannot."""
         if not self.kernels or not 0 < nbytes <= self.nbytes:
             return None
         return self.small_place if nbytes <= self.small else self.places[self.turn]
@@ -93,7 +93,10 @@ class SharedSums:
 
     def met(self, sums: int, nbytes: int) -> None:
         """A kernel has made so many sums."""
-        self.number += sums if nbytes <= self.small else 2 * sums
+        if nbytes <= self.small:
+            self.number += sums
+        else:
+            self.number, self.turn = self.number + 2 * sums, (self.turn + sums) % 2
 
     def room(self, shape: tuple[int, int]) -> np.ndarray | None:
         """This rank's room for the next sum, None where the sum is too small or too large for one.  float32"""

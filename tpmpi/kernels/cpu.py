@@ -26,6 +26,7 @@ from tpmpi.kernels import (
     packing,
     products,
     reference,
+    stages,
 )
 from tpmpi.kernels.jit import HALVES
 from tpmpi.kernels.recent import Recent
@@ -82,6 +83,7 @@ class Kernels:
         found += [layers.COMPILED[kv_dtype]] if layers.usual(config) else []
         if config.num_experts:
             found += [mixture.route, mixture.sort_by_expert, mixture.combine, *(self.expert_products[kind] for kind in kinds)]
+            found += [stages.expert_parts] if layers.usual(config) else []
         return found + self.needed_for(kinds)
 
     def needed_for(self, kinds: Sequence[str]) -> list:
@@ -287,17 +289,28 @@ class Kernels:
 
     def product_alone(self, tokens: int, weight: Weight):
         """The kernel that is all of `linear` for so many rows; None where there is more to it."""
-        if weight.kind == 'mixed' or weight.in_features == 0 or weight.in_features % PER_STEP.get(weight.kind, 1):
-            return None
-        product = self._product(tokens, weight.kind)
+        product = None if weight.kind == 'mixed' else self._product(tokens, weight.kind)
+        return product if product and self._as_given(weight, product) and not self._unit(tokens, weight) else None
+
+    def experts_alone(self, tokens: int, weights: Weight):
+        """The kernel that is all of `_each` for so many tokens, with all experts at once; None where there is more to it."""
+        together = tokens < FEW_TOKENS and len(weights.data) > 1 and weights.kind != 'mixed' and weights.out_features > 0
+        product = self.expert_products[weights.kind] if together else None
+        return product if product and self._as_given(weights, product) else None
+
+    def _as_given(self, weight: Weight, product) -> bool:
+        """Whether a product takes x as it is; see `_input`."""
         rounding = self.rounded and weight.kind == 'bfloat16' and product is not matrix_units.pairs_bfloat16
-        return None if rounding or self._unit(tokens, weight) else product
+        return not rounding and weight.in_features > 0 and weight.in_features % PER_STEP.get(weight.kind, 1) == 0
 
     def kernels_of_layers(self, config: ModelConfig, kv_dtype: str) -> list:
-        """Those of a usual layer besides the products, in the order of layers.py."""
+        """Those of usual layers besides the products, in the order of stages.py; None for what there is not."""
         e = elementwise
-        return [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim), e.add_rms_norm,
-                e.gated_activation, *([e.norm_heads] if config.qk_norm == 'head' else [])]
+        norms = [e.layer_norm] * 2 if config.norm == 'layer' else [e.rms_norm, e.add_rms_norm]
+        mixtures = stages.expert_parts, mixture.route, mixture.sort_by_expert, mixture.combine
+        return [getattr(e, f'rope_append_{kv_dtype}'), self._attention(kv_dtype, config.head_dim), *norms,
+                e.gated_activation if config.gated else e.activate, e.norm_heads if config.qk_norm == 'head' else None,
+                *(mixtures if config.num_experts else [None] * 4)]
 
     def threads_of_rows(self, tokens: int) -> int:
         """That share so many rows of norms and activations: of few, one is done before the others have begun."""

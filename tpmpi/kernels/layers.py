@@ -11,67 +11,131 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from tpmpi.config import ModelConfig
 from tpmpi.kernels.alignment import LINE, aligned
 from tpmpi.kernels.jit import address_of, helper, kernel
 from tpmpi.kernels.meeting import add_parts, add_rooms
-from tpmpi.kernels.rows import floats, halves, octets
-from tpmpi.kernels.tiles import I64, LANES, keep
-
-QKV, OUT, UP, DOWN = range(4)  # matrices of a layer: W^Q W^K W^V, W^B, W^C, W^D
-DATA, PANELS, PANEL_BYTES, OUTPUTS, PRODUCT, BIAS = range(6)  # of each: addresses, but for the middle ones; a bias of 0 is none
-MLP_NORM, NEXT_NORM, Q_NORM, K_NORM = range(4)  # gains of a layer, addresses; 0: there is none
-ROPE_APPEND, ATTEND, ADD_NORM, GATED, NORM_HEADS = range(5)  # kernels, addresses
-# numbers of a step; THREADS of products and attention, FEW of all else
-BLOCK, WINDOW, SINKS, HEADS, HEAD_DIM, ACTIVATION, THREADS, FEW = range(8)
-CLOCK_MONOTONIC = 1
+from tpmpi.kernels.rows import floats, halves
+from tpmpi.kernels.stages import (
+    ACTIVATION,
+    ATTEND,
+    ATTN_POST_NORM,
+    BIAS,
+    BLOCK,
+    CAP,
+    COS,
+    DATA,
+    DOWN,
+    EPS,
+    EXPERTS,
+    FACTOR,
+    FEW,
+    GAIN,
+    GATED,
+    GROUP,
+    HEAD_DIM,
+    HEADS,
+    K_NORM,
+    LAYER_NORM,
+    MLP_NORM,
+    MLP_POST_NORM,
+    NEXT_NORM,
+    NORM_HEADS,
+    OUT,
+    OUTPUTS,
+    PARALLEL,
+    Q_NORM,
+    QKV,
+    RANKS,
+    ROPE,
+    ROPE_APPEND,
+    ROTARY_DIM,
+    ROUTER,
+    SCALE,
+    SHARED_DOWN,
+    SIN,
+    SINKS,
+    THREADS,
+    UP,
+    WINDOW,
+    add,
+    add_bias,
+    add_norm,
+    call,
+    mlp,
+    nanoseconds,
+    norm,
+    norm_heads,
+    product,
+    take_whole,
+)
+from tpmpi.kernels.tiles import keep
 
 
 @dataclass(frozen=True)
 class Tables:
     """Where the weights and the cache of a rank lie, and the kernels for a number of rows."""
 
-    matrices: np.ndarray  # [layers, 4, 6]
-    gains: np.ndarray  # [layers, 4]
-    cache: np.ndarray  # [layers, 2] addresses of K and V
-    shape: np.ndarray  # [2, 3] of both
-    kernels: np.ndarray  # [5] addresses
+    # matrices [layers, 7, 6], norms [layers, 6, 2], addresses of K and V [layers, 2], places [layers, 2], kernels [10], and the
+    # shape of K and of V [2, 3]; see stages.py
+    weights: tuple[np.ndarray, ...]
     run: Callable  # layers_float32 or layers_bfloat16
 
 
 def usual(config: ModelConfig) -> bool:
     """Whether the layers of such a model are what is computed here."""
-    return (config.norm == 'rms' and not config.norm_bias and config.pre_norm and not config.post_norm and config.residual
-            and config.residual_multiplier == 1 and config.gated and not config.num_experts and not config.parallel_block
-            and config.qk_norm in ('none', 'head') and not config.qk_norm_bias and not config.query_growth)
+    of_layers = config.norm != 'none' and config.pre_norm and config.residual and config.qk_norm in ('none', 'head')
+    parallel = config.parallel_block and (config.post_norm or config.num_experts)
+    experts = config.num_experts and (not config.gated or config.shared_gate)
+    return bool(of_layers and not parallel and not experts)
 
 
-def matrices_of(layer) -> tuple:
-    """The matrices of a usual layer, a model_shard.LayerShard, with their biases, in the order of the tables."""
-    return layer.qkv, layer.attn_out, layer.mlp.up, layer.mlp.down
+def stages_of(config: ModelConfig) -> int:
+    """Sums of all layers, C and E of each, or both together; each is the end of a stage."""
+    return config.num_layers * (1 if config.parallel_block else 2)
+
+
+def mixtures_of(model_layers) -> frozenset[int]:
+    """The stages that are mixtures of experts, whose sums hold choices besides."""
+    return frozenset(2 * i + 1 for i, layer in enumerate(model_layers) if hasattr(layer.mlp, 'router'))
+
+
+def matrices_of(layer) -> list:
+    """The matrices of a usual layer, a model_shard.LayerShard, in the order of the tables: Dense, Weight or None."""
+    of_mlp = layer.mlp
+    if not hasattr(of_mlp, 'router'):
+        return [layer.qkv, layer.attn_out, of_mlp.up, of_mlp.down, None, None, None]
+    shared = [None, None] if of_mlp.shared is None else [of_mlp.shared.up, of_mlp.shared.down]
+    return [layer.qkv, layer.attn_out, of_mlp.up, of_mlp.down, of_mlp.router, *shared]
 
 
 def tables_of(model, cache, products, kernels) -> Tables:
     """The tables of a model_shard.ModelShard and a kv_cache.KVCache, which must outlive them.
 
-    products: [layers][4] kernels; kernels: the others, as far as there are any; all are ready.
+    products: [layers][7] kernels; kernels: the others; None for what there is not.  All are ready.
     """
-    matrices, gains = np.zeros((len(model.layers), 4, 6), np.int64), np.zeros((len(model.layers), 4), np.int64)
+    matrices = np.zeros((len(model.layers), SHARED_DOWN + 1, 6), np.int64)
+    norms = np.zeros((len(model.layers), 6, 2), np.int64)
     for i, layer in enumerate(model.layers):
-        for j, dense in enumerate(matrices_of(layer)):
-            w, bias = dense.weight, 0 if dense.bias is None else _address(dense.bias)
-            matrices[i, j] = _address(w.data), *w.data.shape, w.out_features, address_of(products[i][j]), bias
-        norms = [layer.mlp_norm, layer.next_norm, layer.q_norm, layer.k_norm]
-        gains[i] = [0 if norm is None else _address(norm.gain) for norm in norms]
-    arrays = cache.layers[0].k, cache.layers[0].v
-    return Tables(matrices, gains, np.array([[_address(layer.k), _address(layer.v)] for layer in cache.layers], np.int64),
-                  np.array([array.shape for array in arrays], np.int64), np.array(list(map(address_of, kernels)), np.int64),
-                  COMPILED[kv_dtype_of(cache)])
+        for j, matrix in enumerate(matrices_of(layer)):
+            if matrix is not None:
+                w, bias = getattr(matrix, 'weight', matrix), getattr(matrix, 'bias', None)
+                matrices[i, j] = (_address(w.data), *w.data.shape[-2:], w.out_features, address_of(products[i][j]),
+                                  _address(bias))
+        of_layer = layer.attn_post_norm, layer.mlp_norm, layer.mlp_post_norm, layer.next_norm, layer.q_norm, layer.k_norm
+        for j, weights in enumerate(of_layer):
+            norms[i, j] = (0, 0) if weights is None else (_address(weights.gain), _address(weights.bias))
+    cached = np.array([[_address(layer.k), _address(layer.v)] for layer in cache.layers], np.int64)
+    places = np.array([(-1 if layer.rope is None else layer.rope, layer.group) for layer in model.layers], np.int64)
+    addresses = np.array([0 if kernel is None else address_of(kernel) for kernel in kernels], np.int64)
+    shape = np.array([array.shape for array in cache.layers[0]], np.int64)
+    return Tables((matrices, norms, cached, places, addresses, shape), COMPILED[kv_dtype_of(cache)])
+
+
+def ropes_of(tables) -> np.ndarray:
+    """(cos, sin) of each rope, both [tokens, rotary_dim], as the kernel takes them.  [ropes, 3]; they must outlive it."""
+    return np.array([(_address(cos), _address(sin), cos.shape[1]) for cos, sin in tables], np.int64).reshape(-1, 3)
 
 
 def kv_dtype_of(cache) -> str:
@@ -79,55 +143,10 @@ def kv_dtype_of(cache) -> str:
     return 'float32' if cache.layers[0].k.dtype == np.float32 else 'bfloat16'
 
 
-def _address(array: np.ndarray) -> int:
-    assert array.flags.c_contiguous
-    return array.ctypes.data
-
-
-@intrinsic
-def call(typing_context, address, arguments):
-    """Calls the kernel whose machine code begins at an address, as jit.address_of gives it, with a tuple of arguments.
-
-    An error, as of memory, is one of the caller.
-    """
-    def emit(context, builder, signature, args):
-        kinds, calls = signature.args[1].types, context.call_conv
-        values = [builder.extract_value(args[1], i) for i in range(len(kinds))]
-        function = builder.inttoptr(args[0], calls.get_function_type(types.none, kinds).as_pointer())
-        status, _ = calls.call_function(builder, function, types.none, kinds, values)
-        with cgutils.if_unlikely(builder, status.is_error):
-            calls.return_status_propagate(builder, status)
-        return context.get_dummy_value()
-    return types.void(types.int64, arguments), emit
-
-
-@intrinsic
-def nanoseconds(typing_context):
-    """Of a clock that only moves on: clock_gettime(2)."""
-    def emit(context, builder, signature, args):
-        name, clock, pair = 'clock_gettime', ir.IntType(32), ir.ArrayType(I64, 2)
-        function = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(clock, [clock, pair.as_pointer()]), name)
-        place = cgutils.alloca_once(builder, pair)
-        builder.call(function, [clock(CLOCK_MONOTONIC), place])
-        seconds, rest = (builder.extract_value(builder.load(place), i) for i in (0, 1))
-        return builder.add(builder.mul(seconds, I64(10**9)), rest)
-    return types.int64(), emit
-
-
-@helper
-def product(x, matrix, y, threads):
-    """y = x · W."""
-    w = octets(matrix[DATA], matrix[PANELS] * matrix[PANEL_BYTES]).reshape(matrix[PANELS], matrix[PANEL_BYTES])
-    call(matrix[PRODUCT], (x, w, y, threads))
-
-
-@helper
-def norm_heads(kernel, qkv, first, heads, dim, gain, nothing, eps):
-    """Some heads of the fused projection through an RMS norm each."""
-    call(kernel, (qkv.ctypes.data + 4 * first * dim, 4 * qkv.shape[1], qkv.shape[0], heads, dim, False, floats(gain, heads * dim),
-                  nothing, eps))
-    keep(qkv)
+def _address(array: np.ndarray | None) -> int:
+    """0: there is none."""
+    assert array is None or array.flags.c_contiguous
+    return 0 if array is None else array.ctypes.data
 
 
 @helper
@@ -137,8 +156,9 @@ def after(address, count):
 
 
 @helper
-def all_reduce(x, parts, rooms, turn, flags, rank, number, patience):
+def all_reduce(x, sums, turn, number):
     """x, small, or a rank's room of this turn, summed over the ranks, in place; returns the number of the last meeting."""
+    parts, rooms, flags, rank, patience = sums
     if len(flags) == 1:
         return number
     if rooms.size:
@@ -148,64 +168,95 @@ def all_reduce(x, parts, rooms, turn, flags, rank, number, patience):
     return number + 1
 
 
-@helper
-def add_bias(y, address):
-    """y += bias, where there is one."""
-    if address:
-        bias = floats(address, y.shape[1])
-        for t in range(y.shape[0]):
-            for k in range(y.shape[1]):
-                y[t, k] += bias[k]
-
-
 def _layers(cached):
     """layers(…) over a cache whose numbers the view `cached` sees."""
     @helper
-    def layers(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table, blocks,
-               numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience):
+    def attention(a, i, weights, step, numbers, reals, qkv, q, b, c):
+        """C, this rank's part, of the heads that it has; of layer i."""
+        matrices, norms, cache, places, kernels, shape = weights
+        ropes, slots, groups, tables, blocks, views, growth = step
+        tokens, heads, dim, layer = q.shape[0], q.shape[1], q.shape[2], numbers[LAYER_NORM] != 0
+        w, threads, few = matrices[i], numbers[THREADS], numbers[FEW]
+        product(a, w[QKV], qkv, threads)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
+        add_bias(qkv, w[QKV, BIAS])
+        if norms[i, Q_NORM, GAIN]:
+            norm_heads(kernels[NORM_HEADS], qkv, 0, heads, dim, layer, norms[i, Q_NORM], reals[EPS])
+            norm_heads(kernels[NORM_HEADS], qkv, heads, shape[0, 0], dim, layer, norms[i, K_NORM], reals[EPS])
+        k = cached(cache[i, 0], shape[0, 0] * shape[0, 1] * shape[0, 2]).reshape(shape[0, 0], shape[0, 1], shape[0, 2])
+        v = cached(cache[i, 1], shape[1, 0] * shape[1, 1] * shape[1, 2]).reshape(shape[1, 0], shape[1, 1], shape[1, 2])
+        turned, group, cos, sin = places[i, ROPE] >= 0, places[i, GROUP], qkv, qkv
+        if turned:
+            rope = ropes[places[i, ROPE]]
+            cos = floats(rope[COS], tokens * rope[ROTARY_DIM]).reshape(tokens, rope[ROTARY_DIM])
+            sin = floats(rope[SIN], tokens * rope[ROTARY_DIM]).reshape(tokens, rope[ROTARY_DIM])
+        call(kernels[ROPE_APPEND], (qkv, cos, sin, turned, slots[group], q, k, v, few))  # Q turned; K, V into the ring
+        if growth.size:
+            for t in range(tokens):
+                for head in range(heads):
+                    for j in range(dim):
+                        q[t, head, j] *= growth[t]
+        call(kernels[ATTEND], (q, k, v, groups, tables[group], blocks, numbers[BLOCK], views[group, WINDOW], reals[SCALE],
+                               reals[CAP], views[group, SINKS], b, threads))  # B  [tokens, heads/n, head_dim]
+        product(b.reshape(tokens, heads * dim), w[OUT], c, threads)
+
+    @helper
+    def layers(first, last, x, a, c, e, wide, streams, weights, step, numbers, reals, disputed, sums, number):
+        matrices, norms, _, _, kernels, _ = weights
         tokens, hidden, heads, dim = x.shape[0], x.shape[1], numbers[HEADS], numbers[HEAD_DIM]
-        threads, few = numbers[THREADS], numbers[FEW]
-        wide, ffn, spent = matrices[0, QKV, OUTPUTS], matrices[0, UP, OUTPUTS] // 2, 0
-        room = aligned(4 * tokens * (wide + 2 * heads * dim + 3 * ffn + 5 * LANES))
+        threads, few, eps = numbers[THREADS], numbers[FEW], reals[EPS]
+        activation, layer, parallel = numbers[ACTIVATION], numbers[LAYER_NORM] != 0, numbers[PARALLEL] != 0
+        of_qkv, of_up, spent = matrices[0, QKV, OUTPUTS], 0, 0
+        for i in range(len(matrices)):
+            if not matrices[i, ROUTER, DATA]:
+                of_up = matrices[i, UP, OUTPUTS]  # the same of all layers that are no mixtures
+        ffn = of_up // 2 if numbers[GATED] else of_up
+        room = aligned(4 * tokens * (of_qkv + 2 * heads * dim + of_up + ffn + 2 * hidden) + 7 * LINE)
         at = room.ctypes.data
-        qkv, at = floats(at, tokens * wide).reshape(tokens, wide), after(at, tokens * wide)
+        qkv, at = floats(at, tokens * of_qkv).reshape(tokens, of_qkv), after(at, tokens * of_qkv)
         q, at = floats(at, tokens * heads * dim).reshape(tokens, heads, dim), after(at, tokens * heads * dim)
         b, at = floats(at, tokens * heads * dim).reshape(tokens, heads, dim), after(at, tokens * heads * dim)
-        gate_up, at = floats(at, tokens * 2 * ffn).reshape(tokens, 2 * ffn), after(at, tokens * 2 * ffn)
-        d = floats(at, tokens * ffn).reshape(tokens, ffn)
-        joined, nothing = b.reshape(tokens, heads * dim), room[:0].view(np.float32)
+        up, at = floats(at, tokens * of_up).reshape(tokens, of_up), after(at, tokens * of_up)
+        d, at = floats(at, tokens * ffn).reshape(tokens, ffn), after(at, tokens * ffn)
+        own, at = floats(at, tokens * hidden).reshape(tokens, hidden), after(at, tokens * hidden)
+        beside = floats(at, tokens * hidden).reshape(tokens, hidden)
         for stage in range(first, last):
-            i = stage // 2
-            if stage % 2 == 0:
-                if i > 0:
-                    add_bias(e, matrices[i - 1, DOWN, BIAS])
-                    call(kernels[ADD_NORM], (c, e, floats(gains[i - 1, NEXT_NORM], hidden), eps, a, few))  # e += c, and A
-                if i == len(matrices):
-                    break
-                w = matrices[i]
-                product(a, w[QKV], qkv, threads)  # Q, K, V  [tokens, (heads + 2 kv_heads)/n * head_dim]
-                add_bias(qkv, w[QKV, BIAS])
-                if gains[i, Q_NORM]:
-                    norm_heads(kernels[NORM_HEADS], qkv, 0, heads, dim, gains[i, Q_NORM], nothing, eps)
-                    norm_heads(kernels[NORM_HEADS], qkv, heads, shape[0, 0], dim, gains[i, K_NORM], nothing, eps)
-                k = cached(cache[i, 0], shape[0, 0] * shape[0, 1] * shape[0, 2]).reshape(shape[0, 0], shape[0, 1], shape[0, 2])
-                v = cached(cache[i, 1], shape[1, 0] * shape[1, 1] * shape[1, 2]).reshape(shape[1, 0], shape[1, 1], shape[1, 2])
-                call(kernels[ROPE_APPEND], (qkv, cos, sin, turned, slots, q, k, v, few))  # Q turned; K, V into the ring
-                call(kernels[ATTEND], (q, k, v, groups, table, blocks, numbers[BLOCK], numbers[WINDOW], scale, cap,
-                                       numbers[SINKS], b, threads))  # B  [tokens, heads/n, head_dim]
-                product(joined, w[OUT], c, threads)  # C, this rank's part
-                begin = nanoseconds()
-                number = all_reduce(c, parts, rooms, 0, flags, rank, number, patience)  # C, whole
-            else:
-                w, before = matrices[i], x if i == 0 else e
-                add_bias(c, w[OUT, BIAS])
-                call(kernels[ADD_NORM], (before, c, floats(gains[i, MLP_NORM], hidden), eps, a, few))  # c += x, and A of the MLP
-                product(a, w[UP], gate_up, threads)
-                add_bias(gate_up, w[UP, BIAS])
-                call(kernels[GATED], (gate_up, numbers[ACTIVATION], d, few))  # D  [tokens, ffn/n]
-                product(d, w[DOWN], e, threads)  # E, this rank's part
-                begin = nanoseconds()
-                number = all_reduce(e, parts, rooms, 1, flags, rank, number, patience)  # E, whole
+            turn, stream = stage % 2, x
+            here, there = (c, e) if turn == 0 else (e, c)  # the sum of this stage, and that of the one before
+            if stage > 0:
+                i = stage - 1 if parallel else (stage - 1) // 2
+                of_mlp, before = parallel or turn == 0, x
+                if of_mlp and matrices[i, ROUTER, DATA] and take_whole(wide, numbers[RANKS], there):
+                    disputed[0] = 1
+                if parallel or not of_mlp:
+                    add_bias(there, matrices[i, OUT, BIAS])
+                if of_mlp:
+                    add_bias(there, matrices[i, DOWN, BIAS])
+                stream = there
+                if len(streams):
+                    stream = streams[1 - turn]
+                    norm(kernels, there, layer, norms[i, MLP_POST_NORM if of_mlp else ATTN_POST_NORM], eps, stream, few)
+                if stage > 1:
+                    before = streams[turn] if len(streams) else here
+                then = norms[i, NEXT_NORM if of_mlp else MLP_NORM]
+                add_norm(kernels, before, stream, reals[FACTOR], layer, then, eps, a, few)  # A
+            i = stage if parallel else stage // 2
+            if i == len(matrices):
+                break
+            if parallel or turn == 0:
+                attention(a, i, weights, step, numbers, reals, qkv, q, b, here)  # C, this rank's part
+            if turn == 1 and matrices[i, ROUTER, DATA]:
+                call(kernels[EXPERTS], (a, matrices[i], kernels, numbers, wide))  # E, this rank's part, and choices
+                here = wide
+            elif parallel or turn == 1:
+                given, part = a, beside if parallel else here
+                if parallel and norms[i, MLP_NORM, GAIN]:
+                    given = own
+                    norm(kernels, stream, layer, norms[i, MLP_NORM], eps, own, few)
+                mlp(given, matrices[i, UP], matrices[i, DOWN], up, d, part, kernels, activation, threads, few)  # E, likewise
+            if parallel:
+                add(here, beside)  # C + E, this rank's part
+            begin = nanoseconds()
+            number = all_reduce(here, sums, turn, number)  # C, E or both, whole
             spent += nanoseconds() - begin
         keep(room)
         return spent
@@ -214,32 +265,32 @@ def _layers(cached):
 
 
 _float32, _bfloat16 = _layers(floats), _layers(halves)
-LAYERS = ('i8(i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8[::1], '
-          'i8[:, ::1], f4[:, ::1], f4[:, ::1], b1, i8[::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[::1], f4, f4, f4, i8[:, ::1], '
-          'i8[:, ::1], i8[::1], i8, i8, i8)')
+WEIGHTS = 'Tuple((i8[:, :, ::1], i8[:, :, ::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[:, ::1]))'
+STEP = 'Tuple((i8[:, ::1], i8[:, ::1], i8[:, ::1], i8[:, :, ::1], i8[::1], i8[:, ::1], f4[::1]))'
+MEETING = 'Tuple((i8[:, ::1], i8[:, ::1], i8[::1], i8, i8))'
+LAYERS = (f'i8(i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, :, ::1], {WEIGHTS}, {STEP}, i8[::1], '
+          f'f4[::1], i8[::1], {MEETING}, i8)')
 
 
 @kernel(LAYERS)
-def layers_float32(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
-                   blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience):
-    """The stages first … last - 1: of layer i, 2 i gives C and 2 i + 1 gives E; the one behind the last layer gives the head's A.
+def layers_float32(first, last, x, a, c, e, wide, streams, weights, step, numbers, reals, disputed, sums, number):
+    """The stages first … last - 1: of layer i, 2 i gives C and 2 i + 1 gives E, or i both; behind the last comes the head's A.
 
-    x, a, c, e: [tokens, hidden] what A is the norm of, A, C and E; the first two are those of the first layer at the beginning.
-    matrices, gains, cache, kernels: see Tables.  shape: [2, 3] of a layer's K and V.  cos, sin, turned, slots: see rope_append.
-    groups, table, blocks, scale, cap: see attend.  parts, rooms: [2, ranks], or no rooms where sums are small, flags, rank,
-    patience: see meeting.py; one flag where sums are the caller's, after a stage.  number: of the last meeting.  Returns the
-    nanoseconds that sums took.
+    x, a: [tokens, hidden] what A is the norm of, and A, both of the first layer at the beginning.  c, e: [tokens, hidden] the
+    sums, in turn.  wide: [tokens, hidden + experts] the sums of mixtures.  streams: [2, tokens, hidden] where sums have norms
+    of their own, else none.  weights: of Tables.  step: ropes (see ropes_of), slots [groups of layers, tokens] (see
+    rope_append), groups, tables [groups of layers, segments, 7], blocks (see attend), views [groups of layers, 2], growth
+    [tokens] or empty (see model.grown).  numbers, reals: see stages.py.  disputed: [1], set to 1 where ranks choose other
+    experts.  sums: parts and rooms, [2, ranks], or no rooms where sums are small, flags, rank, patience (see meeting.py); one
+    flag where sums are the caller's, after a stage.  number: of the last meeting.  Returns the nanoseconds that sums took.
     """
-    return _float32(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
-                    blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience)
+    return _float32(first, last, x, a, c, e, wide, streams, weights, step, numbers, reals, disputed, sums, number)
 
 
 @kernel(LAYERS)
-def layers_bfloat16(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
-                    blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience):
+def layers_bfloat16(first, last, x, a, c, e, wide, streams, weights, step, numbers, reals, disputed, sums, number):
     """The same with a cache of bfloat16."""
-    return _bfloat16(first, last, x, a, c, e, matrices, gains, cache, kernels, shape, cos, sin, turned, slots, groups, table,
-                     blocks, numbers, scale, cap, eps, parts, rooms, flags, rank, number, patience)
+    return _bfloat16(first, last, x, a, c, e, wide, streams, weights, step, numbers, reals, disputed, sums, number)
 
 
 COMPILED = {'float32': layers_float32, 'bfloat16': layers_bfloat16}
