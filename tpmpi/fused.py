@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from tpmpi.kernels import alignment, elementwise, layers
-from tpmpi.kernels.cpu import EVERYWHERE, NOTHING, bounds_of, rows_of, tables_of
+from tpmpi.kernels.cpu import EVERYWHERE, NOTHING
+from tpmpi.kernels.recent import bounds_of, rows_of, tables_of_groups
 from tpmpi.model import all_layers, embedded, norm
 from tpmpi.shared_sums import ALONE
 
@@ -71,8 +72,9 @@ class FusedLayers:
 
     def _facts(self, step, ropes) -> tuple:
         """A step as the kernel takes it."""
-        segments, blocks = groups_of(step.segments)
-        return (layers.ropes_of(ropes), np.stack(step.slots), bounds_of(self.model.query_groups), segments, blocks, self.views,
+        segments, blocks = tables_of_groups(step.segments)
+        slots = np.concatenate(step.slots).reshape(len(step.slots), -1)
+        return (layers.ropes_of(ropes), slots, bounds_of(self.model.query_groups), segments, blocks, self.views,
                 NOTHING if step.growth is None else step.growth)
 
     def _numbers(self, step, ranks: int) -> np.ndarray:
@@ -110,13 +112,3 @@ class FusedLayers:
         weight = getattr(matrix, 'weight', matrix)
         alone = self.ops.experts_alone if getattr(weight.data, 'ndim', 2) == 3 else self.ops.product_alone
         return alone(tokens, weight) or False
-
-
-def groups_of(segments) -> tuple[np.ndarray, np.ndarray]:
-    """`cpu.tables_of` of each group of layers, [groups, segments, 7], on one array of blocks."""
-    tables, blocks = zip(*map(tables_of, segments), strict=True)
-    tables, at = np.stack(tables), 0
-    for table, ring in zip(tables, blocks, strict=True):
-        table[:, 4:6] += at
-        at += len(ring)
-    return tables, np.concatenate(blocks)

@@ -76,7 +76,8 @@ class Sampler:
 
     def _most_probable(self, totals, values, columns) -> list[Choice] | None:
         """What the general way gives for draws that are plain, all rows at once."""
-        message = np.stack((totals, values, columns + self.vocab.start), axis=1, dtype=np.float64)  # [rows, 3]
+        message = np.empty((len(totals), 3))
+        message[:, 0], message[:, 1], message[:, 2] = totals, values, columns + self.vocab.start
         gathered = np.empty((self.comm.size, *message.shape)) if self.comm.rank == 0 else None
         self.comm.gather(message, gathered)
         if gathered is None:

@@ -7,7 +7,6 @@ K and V lies likewise (attention.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from tpmpi.kernels import (
     stages,
 )
 from tpmpi.kernels.jit import HALVES
-from tpmpi.kernels.recent import Recent
+from tpmpi.kernels.recent import Recent, bounds_of, rows_of, tables_of
 from tpmpi.kernels.tiles import GROUP, GROUP_BYTES, HALF_BYTES, LANES, PER_STEP
 from tpmpi.weights import Stored, Weight
 
@@ -399,27 +398,6 @@ class Kernels:
         slots, wide = -(-slots // LANES) * LANES, -(-head_dim // LANES) * LANES
         spare = 2 * LANES * wide  # tiles take 32 slots together
         return tuple(self.arena.zeros((kv_heads, slots, width), dtype, spare) for width in (even, wide))
-
-
-@lru_cache
-def bounds_of(groups: tuple[range, ...]) -> np.ndarray:
-    """[kv_heads/n, 2] first query head of each, and the one after its last."""
-    return np.array([(g.start, g.stop) for g in groups], np.int64).reshape(-1, 2)
-
-
-def rows_of(rope) -> tuple[np.ndarray, np.ndarray]:
-    """Both RoPE tables as kernels take them.  [tokens, 1, rotary_dim] -> [tokens, rotary_dim]"""
-    cos, sin = rope
-    return cos[:, 0], sin[:, 0]
-
-
-def tables_of(segments) -> tuple[np.ndarray, np.ndarray]:
-    """A step's segments as the kernel takes them: [segments, 7], and the blocks of all rings one after another."""
-    blocks = [s.ring.blocks for s in segments]
-    ends = np.cumsum([len(ring) for ring in blocks])
-    table = [(s.rows.start, len(s.slots), s.start, s.oldest, end - len(ring), end, s.ring.pinned)
-             for s, ring, end in zip(segments, blocks, ends, strict=True)]
-    return np.array(table, np.int64), np.concatenate(blocks).astype(np.int64)
 
 
 def _bytes_of(scales: np.ndarray) -> np.ndarray:
