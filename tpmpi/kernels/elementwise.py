@@ -8,7 +8,7 @@ import numpy as np
 from numba import prange
 
 from tpmpi.kernels.jit import helper, kernel, shared_kernel
-from tpmpi.kernels.rows import exp, floats, row_add_squares, row_exp, row_max, row_squares, row_sum, row_turn, tanh
+from tpmpi.kernels.rows import exp, floats, row_add_squares, row_exp_sum, row_max, row_squares, row_sum, row_turn, tanh
 from tpmpi.kernels.tiles import LANES, bits_of, float_of, keep
 
 f32 = np.float32
@@ -351,16 +351,13 @@ def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, threads):
 def log_sum_exp(logits, y):
     """log(sum(exp(logits))) of each row."""
     whole = logits.shape[1] // LANES
-    buffer = np.empty(whole * LANES, np.float32)
     for t in range(len(logits)):
         row = logits[t]
         top = row_max(row.ctypes.data, whole)
         for k in range(whole * LANES, len(row)):
             top = row[k] if row[k] > top else top
-        buffer[:] = row[:whole * LANES]
-        total = row_exp(buffer.ctypes.data, whole, top)
+        total = row_exp_sum(row.ctypes.data, whole, top)
         for k in range(whole * LANES, len(row)):
             total += exp(row[k] - top)
         y[t] = top + f32(math.log(total))
     keep(logits)
-    keep(buffer)

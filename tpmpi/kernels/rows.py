@@ -150,21 +150,29 @@ def row_max(typing_context, address, panels):
     return types.float32(types.int64, types.int64), emit
 
 
-@intrinsic
-def row_exp(typing_context, address, panels, top):
-    """e^(s - top) in place of each score s, 0 where s is -inf; returns their sum."""
-    def emit(context, builder, signature, args):
-        e, (address, panels, top) = Emit(builder), args
-        most, nothing, zero = e.splat(top), ir.Constant(VF, [NOTHING] * WIDTH), ir.Constant(VF, [0.0] * WIDTH)
+def _row_exp(kept: bool):
+    """A function of scores s, address, panels, top: the sum of e^(s - top), which is kept in their place or not."""
+    @intrinsic
+    def row(typing_context, address, panels, top):
+        def emit(context, builder, signature, args):
+            e, (address, panels, top) = Emit(builder), args
+            most, nothing, zero = e.splat(top), ir.Constant(VF, [NOTHING] * WIDTH), ir.Constant(VF, [0.0] * WIDTH)
 
-        def add(lane, at):
-            s = e.load(at, VF, 4)
-            p = builder.select(builder.fcmp_ordered('==', s, nothing), zero, exponential(builder, builder.fsub(s, most)))
-            e.store(p, at)
-            return builder.fadd(lane, p)
+            def add(lane, at):
+                s = e.load(at, VF, 4)
+                p = builder.select(builder.fcmp_ordered('==', s, nothing), zero, exponential(builder, builder.fsub(s, most)))
+                if kept:
+                    e.store(p, at)
+                return builder.fadd(lane, p)
 
-        return fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
-    return types.float32(types.int64, types.int64, types.float32), emit
+            return fold(builder, _walk(e, address, panels, 0.0, add), builder.fadd)
+        return types.float32(types.int64, types.int64, types.float32), emit
+
+    return row
+
+
+row_exp = _row_exp(True)  # e^(s - top) in place of each score s, 0 where s is -inf; returns their sum
+row_exp_sum = _row_exp(False)  # the sum alone
 
 
 def power_of_two(e: Emit, x):
