@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import tiny
-from ranks import run_program
+from ranks import ROOT, run_program, run_ranks
 
 pytest.importorskip('numba', reason='Numba is not installed: pip install numba')
 
@@ -106,3 +107,9 @@ def test_rounded_activations(files, activations):
     for case, (at_once, steps) in zip(asked, found, strict=True):
         apart = case['weights'] == activations == 'bfloat16' and not jit.HAS_PAIRS  # x is rounded by a kernel of its own
         assert at_once == [0, 0] if apart else min(at_once) >= steps - 1, case
+
+
+def test_what_it_gives_is_measured_with_one_command(files):
+    done = run_ranks(2, ROOT / 'data' / 'compare_layers.py', '--model', files / 'groups.h5', '--weights', 'int8', '--rounds', 2,
+                     '--prompt-tokens', 9, '--new-tokens', 6, text=True)
+    assert re.fullmatch(r'one by one [\d,]+ us, in one call [\d,]+ us; ratios \d+\.\d\d, \d+\.\d\d\n', done.stdout), done.stderr
