@@ -47,11 +47,11 @@ def built():
 def test_a_model_compiles_what_it_needs_and_nothing_else():
     names = [{kernel.py_func.__name__ for kernel in ops.needed(config, ['int8'], kv)} for kv, config in CONFIGS.items()]
     assert names[0] - names[1] == {
-        'layer_norm', 'norm_heads', 'gated_activation', 'softcap', 'rope_append_float32', 'attend_float32'}
+        'layer_norm', 'norm_heads', 'gated_activation', 'softcap', 'rope_append_float32', 'attend_float32', 'layers_float32'}
     assert names[1] - names[0] == {
         'rms_norm', 'add_rms_norm', 'head_squares', 'scale_columns', 'activate', 'rope_append_bfloat16', 'attend_bfloat16'}
     mixture = dataclasses.replace(CONFIGS['float32'], num_experts=4, experts_per_token=2, expert_ffn_size=64)
-    assert len(ops.needed(mixture, ['int8'], 'float32')) == len(names[0]) + 4
+    assert len(ops.needed(mixture, ['int8'], 'float32')) == len(names[0]) + 5
 
 
 @SMALL
@@ -145,9 +145,10 @@ def test_activations_of_8_bits(kind):
     """Each group of 32 is rounded to 127 steps of its largest; beyond that the products are as exact as ever, for any rows."""
     coarse, rng = Kernels(activations='int8', units=False), np.random.default_rng(5)
     ready(coarse, coarse.needed_for([kind]))
-    stored = encode(rng.standard_normal((150, 96)).astype(np.float32), kind)
+    values, x = rng.standard_normal((150, 96)).astype(np.float32), rng.standard_normal((23, 96)).astype(np.float32)
+    values[:40], values[:40, ::32], x[0], x[1] = 1, -1, 3, -3  # the largest sums that there can be
+    stored = encode(values, kind)
     weight, w = pack(coarse, stored, 2), decode(stored).astype(np.float64).T
-    x = rng.standard_normal((23, 96)).astype(np.float32)
     groups = x.astype(np.float64).reshape(23, 3, 32)
     step = np.abs(groups).max(2, keepdims=True) / 127
     rounded = (np.rint(groups / step) * step).reshape(23, 96)

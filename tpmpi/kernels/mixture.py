@@ -12,7 +12,8 @@ from numba import prange
 
 from tpmpi.kernels.jit import kernel, shared_kernel
 from tpmpi.kernels.products import (
-    COARSE_BYTES,
+    BYTES_INT4,
+    BYTES_INT8,
     SHARES,
     new_integers,
     quantize_coarse_int4,
@@ -145,7 +146,7 @@ def multiply_int4(x, starts, w, y, threads):
 @shared_kernel(PRODUCTS)
 def coarse_int8(x, starts, w, y, threads):
     """y = each row of x, in 8 bits, times its expert's W."""
-    q, scale, total = new_integers(x, COARSE_BYTES)
+    q, scale, total = new_integers(x, BYTES_INT8)
     for thread in prange(threads):
         quantize_coarse_int8(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):
@@ -159,7 +160,7 @@ def coarse_int8(x, starts, w, y, threads):
 @shared_kernel(PRODUCTS)
 def coarse_int4(x, starts, w, y, threads):
     """y = each row of x, in 8 bits, times its expert's W."""
-    q, scale, total = new_integers(x, COARSE_BYTES)
+    q, scale, total = new_integers(x, BYTES_INT4)
     for thread in prange(threads):
         quantize_coarse_int4(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from tpmpi.kernels.jit import VNNI, WIDTH, helper, inlined, shared_kernel
+from tpmpi.kernels.jit import WIDTH, helper, inlined, shared_kernel
 from tpmpi.kernels.rows import row_quantize
-from tpmpi.kernels.tiles import AHEAD, GROUP, LANES, LATER, PER_STEP, STREAM, X_STEP, float_tile, integer_tile, keep
+from tpmpi.kernels.tiles import AHEAD, COARSE_BYTES, GROUP, LANES, LATER, PER_STEP, STREAM, X_STEP, float_tile, integer_tile, keep
 
 K_STEPS = 1024  # along k in one pass over many rows: four panels of them, 256 KiB, stay in the second-level cache
 PANELS = 4  # of one pass
@@ -179,7 +179,7 @@ def new_integers(x, x_bytes):
 
 def integer_product(kind: str, x_bytes: int):
     """share(q, scale, total, w, y, t, threads) for int8 and int4, and x in integers of so many bytes."""
-    unrolled = WIDTH == 8 and kind == 'int8'  # many rows: a twentieth faster there; few read memory slower
+    unrolled = WIDTH == 8 and (kind == 'int8' or x_bytes == 1)  # many rows: a twentieth faster there; few read memory slower
 
     def tile(rows, panels):
         return integer_tile(kind, rows, panels, x_bytes, 0, unrolled)
@@ -247,12 +247,12 @@ def integer_product(kind: str, x_bytes: int):
 # ---- entry points: functions of the module, because Numba cannot cache those that a function makes
 
 
-COARSE_BYTES = 1 if VNNI else 2  # of x rounded to 8 bits; where no instruction multiplies bytes, the same integers take 16
 _float32, _bfloat16 = float_product('float32'), float_product('bfloat16')
 _int8, _int4 = integer_product('int8', 2), integer_product('int4', 2)
-share_coarse_int8, share_coarse_int4 = integer_product('int8', COARSE_BYTES), integer_product('int4', COARSE_BYTES)
+share_coarse_int8, share_coarse_int4 = (integer_product(kind, COARSE_BYTES[kind]) for kind in ('int8', 'int4'))
 quantize_int8, quantize_int4 = quantizer('int8', 2, 32767), quantizer('int4', 2, 32767)
-quantize_coarse_int8, quantize_coarse_int4 = quantizer('int8', COARSE_BYTES, 127), quantizer('int4', COARSE_BYTES, 127)
+quantize_coarse_int8, quantize_coarse_int4 = (quantizer(kind, COARSE_BYTES[kind], 127) for kind in ('int8', 'int4'))
+BYTES_INT8, BYTES_INT4 = COARSE_BYTES['int8'], COARSE_BYTES['int4']
 SHARES = {'float32': _float32, 'bfloat16': _bfloat16, 'int8': _int8, 'int4': _int4}
 PRODUCT = 'void(f4[:, ::1], u1[:, ::1], f4[:, ::1], i8)'  # x [tokens, in], w [panels, bytes], y [tokens, out], threads
 
@@ -294,7 +294,7 @@ def multiply_int4(x, w, y, threads):
 @shared_kernel(PRODUCT)
 def coarse_int8(x, w, y, threads):
     """y = x · W, x in 8 bits."""
-    q, scale, total = new_integers(x, COARSE_BYTES)
+    q, scale, total = new_integers(x, BYTES_INT8)
     for thread in prange(threads):
         quantize_coarse_int8(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):
@@ -304,7 +304,7 @@ def coarse_int8(x, w, y, threads):
 @shared_kernel(PRODUCT)
 def coarse_int4(x, w, y, threads):
     """y = x · W, x in 8 bits."""
-    q, scale, total = new_integers(x, COARSE_BYTES)
+    q, scale, total = new_integers(x, BYTES_INT4)
     for thread in prange(threads):
         quantize_coarse_int4(x, q, scale, total, np.int64(thread), threads)
     for thread in prange(threads):

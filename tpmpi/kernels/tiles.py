@@ -14,8 +14,9 @@ Byte i of four in int4 holds the weight at k = i in its low bits, the one at k =
 The integer kinds take x as integers with a scale per 32 (see `rows.row_quantize`): products of a group are summed exactly
 in 32 bits (255 * 32767 * 32 < 2^31), then scaled once.  Where x has 16 bits, its error, 2^-16 of the largest of 32
 neighbours, is far below that of the weights, and the multiplier of 16-bit pairs does twice as many products as that of
-float32.  With 8 bits, on request, the one of bytes does four times as many.  Quads of bytes serve both: the even ones of
-a vector are pairs of 16 bits by a mask, the odd ones by a shift, if x has the elements of four in the order 0, 2, 1, 3.
+float32.  With 8 bits, on request, the one of bytes does four times as many; where that adds in 16 bits only, it serves int4,
+whose sums of a group fit there (15 * 127 * 2 * 8 < 2^15).  Quads of bytes serve all: the even ones of a vector are pairs of
+16 bits by a mask, the odd ones by a shift, if x has the elements of four in the order 0, 2, 1, 3.
 
 The functions here emit LLVM's vector instructions, because Numba alone would keep the sums in memory.
 """
@@ -46,6 +47,9 @@ GROUP_BYTES = {'int8': GROUP_VALUES['int8'] + LANES * HALF_BYTES, 'int4': GROUP_
 I8, I16, I32, I64, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
 VF, VI, VH = (ir.VectorType(t, n) for t, n in ((F32, WIDTH), (I32, WIDTH), (I16, 2 * WIDTH)))
 HALF = ir.VectorType(F16, WIDTH) if HALVES else VF
+PMADDUBSW = {8: 'llvm.x86.avx2.pmadd.ub.sw', 16: 'llvm.x86.avx512.pmaddubs.w.512'}.get(WIDTH)
+# bytes of x rounded to 8 bits; where no instruction multiplies bytes without loss, the same integers take 16 bits
+COARSE_BYTES = {'int8': 1 if VNNI else 2, 'int4': 1 if VNNI or X86 and PMADDUBSW else 2}
 PMADDWD = {4: 'llvm.x86.sse2.pmadd.wd', 8: 'llvm.x86.avx2.pmadd.wd', 16: 'llvm.x86.avx512.pmaddw.d.512'}[WIDTH]
 
 
@@ -119,8 +123,18 @@ class Emit:
         return self.b.add(total, self.b.add(even, odd))
 
     def add_quads(self, total, a, b):
-        """total plus four neighbouring products of a's unsigned and b's signed bytes, in 32 bits; needs VNNI."""
-        return self.call(f'llvm.x86.avx512.vpdpbusd.{32 * WIDTH}', total, a, b)
+        """total plus four neighbouring products of a's unsigned and b's signed bytes, in 32 bits, or two by two in 16."""
+        if VNNI:
+            return self.call(f'llvm.x86.avx512.vpdpbusd.{32 * WIDTH}', total, a, b)
+        a, b = (self.b.bitcast(v, ir.VectorType(I8, 4 * WIDTH)) for v in (a, b))
+        total = self.b.add(self.b.bitcast(total, VH), self.call(PMADDUBSW, a, b, result=VH))
+        return self.in_order(self.b.bitcast(total, VI))
+
+    def whole_quads(self, total):
+        """What `add_quads` gives, in 32 bits."""
+        if VNNI:
+            return total
+        return self.call(PMADDWD, self.b.bitcast(total, VH), ir.Constant(VH, [1] * 2 * WIDTH), result=VI)
 
     def add_bfloat16(self, total, a, b):
         """total plus two neighbouring products of bfloat16."""
@@ -283,7 +297,8 @@ def integer_tile(kind: str, rows: int, panels: int, x_bytes: int, level: int = 0
                     value = b.load(floats[r][v]) if held else e.load(ys[r][v], VF, 4)
                     if w_offset is not None:
                         value = e.fma(w_offset, of_group(total, r, F32), value)
-                    value = e.fma(b.sitofp(b.load(sums[r][v]), VF), b.fmul(w_scale, of_group(scale, r, F32)), value)
+                    whole = e.whole_quads(b.load(sums[r][v])) if x_bytes == 1 else b.load(sums[r][v])
+                    value = e.fma(b.sitofp(whole, VF), b.fmul(w_scale, of_group(scale, r, F32)), value)
                     if held:
                         b.store(value, floats[r][v])
                     else:
