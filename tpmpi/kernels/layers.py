@@ -1,4 +1,4 @@
-"""All layers of a step of few tokens in one call: what model.decoder_layer does, without Python between its kernels.
+"""All layers of a step of few tokens in one call: model.decoder_layer and parallel_layer without Python between their kernels.
 
 In a small model a token of decode takes some milliseconds, of which a fourth (SmolLM2 in int8 on a Zen 3) went by between the
 kernels: in 125 calls of Python functions for each layer, as cProfile counts them.  Here the same kernels follow each other,
