@@ -184,9 +184,9 @@ def ambiguous(text: str, words: list[str]) -> bool:
 def test_merges_of_a_large_vocabulary_take_seconds():
     pieces = [''.join(letters) for size in range(1, 6) for letters in itertools.product('abcdefghijkl', repeat=size)][:256000]
     vocab = {piece: id for id, piece in enumerate(pieces)}
-    start = time.perf_counter()
+    start = time.process_time()
     merges = recovered_merges(vocab, [1] * len(vocab), [-float(id) for id in range(len(vocab))])
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert len(merges) == sum(len(piece) - 1 for piece in pieces) and merges[0] == ['a', 'a']
 
 

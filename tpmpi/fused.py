@@ -54,7 +54,10 @@ class FusedLayers:
         sums = list(alignment.empty((2, *x.shape), np.float32))  # in turn
         meeting = ALONE if comm.size == 1 else comm.meeting(max(sizes))
         if meeting is not None and meeting.rooms.size > 0:
-            meeting, sums = (None, sums) if mixtures else (meeting, comm.shared.next_rooms(x.shape))
+            if mixtures:
+                meeting = None  # large sums of theirs have no rooms
+            else:
+                sums = comm.shared.next_rooms(x.shape)
         if meeting is not None:
             with comm.sums_within(sizes) as (traffic, number):
                 traffic.seconds = 1e-9 * run(0, end + 1, sums, meeting, number)
@@ -98,17 +101,14 @@ class FusedLayers:
         return self.tables[tokens]
 
     def _make_tables(self, tokens: int) -> layers.Tables | None:
-        products = [[self._product(tokens, matrix) for matrix in layers.matrices_of(layer)] for layer in self.model.layers]
-        apart = any(product is False for row in products for product in row)
-        if apart or tokens >= (self.ops.norms_in_tiles or tokens + 1):
+        products = [[self._product(tokens, w) for w, _ in layers.matrices_of(layer)] for layer in self.model.layers]
+        if not all(map(all, products)) or tokens >= (self.ops.norms_in_tiles or tokens + 1):
             return None
         kernels = self.ops.kernels_of_layers(self.model.config, layers.kv_dtype_of(self.cache))
         return layers.tables_of(self.model, self.cache, products, kernels)
 
-    def _product(self, tokens: int, matrix):
-        """The kernel of one of layers.matrices_of, None where there is no matrix, False where one kernel is not all of it."""
-        if matrix is None:
+    def _product(self, tokens: int, weight):
+        """The kernel that multiplies by one of layers.matrices_of; None where one kernel is not all of it."""
+        if weight.kind == 'mixed':
             return None
-        weight = getattr(matrix, 'weight', matrix)
-        alone = self.ops.experts_alone if getattr(weight.data, 'ndim', 2) == 3 else self.ops.product_alone
-        return alone(tokens, weight) or False
+        return (self.ops.experts_alone if weight.data.ndim == 3 else self.ops.product_alone)(tokens, weight)

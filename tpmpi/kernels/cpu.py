@@ -287,15 +287,15 @@ class Kernels:
     # ---- for all layers at once (fused.py)
 
     def product_alone(self, tokens: int, weight: Weight):
-        """The kernel that is all of `linear` for so many rows; None where there is more to it."""
-        product = None if weight.kind == 'mixed' else self._product(tokens, weight.kind)
-        return product if product and self._as_given(weight, product) and not self._unit(tokens, weight) else None
+        """The kernel that is all of `linear` for so many rows and one kind of weights; None where there is more to it."""
+        product = self._product(tokens, weight.kind)
+        return product if self._as_given(weight, product) and not self._unit(tokens, weight) else None
 
     def experts_alone(self, tokens: int, weights: Weight):
         """The kernel that is all of `_each` for so many tokens, with all experts at once; None where there is more to it."""
-        together = tokens < FEW_TOKENS and len(weights.data) > 1 and weights.kind != 'mixed' and weights.out_features > 0
-        product = self.expert_products[weights.kind] if together else None
-        return product if product and self._as_given(weights, product) else None
+        together = tokens < FEW_TOKENS and len(weights.data) > 1 and weights.out_features > 0
+        product = self.expert_products[weights.kind]
+        return product if together and self._as_given(weights, product) else None
 
     def _as_given(self, weight: Weight, product) -> bool:
         """Whether a product takes x as it is; see `_input`."""

@@ -101,28 +101,28 @@ def mixtures_of(model_layers) -> frozenset[int]:
     return frozenset(2 * i + 1 for i, layer in enumerate(model_layers) if hasattr(layer.mlp, 'router'))
 
 
-def matrices_of(layer) -> list:
-    """The matrices of a usual layer, a model_shard.LayerShard, in the order of the tables: Dense, Weight or None."""
-    of_mlp = layer.mlp
+def matrices_of(layer) -> list[tuple]:
+    """(Weight, bias or None) of each matrix of a usual layer, a model_shard.LayerShard, in the order of the tables."""
+    def with_biases(*dense):
+        return [(each.weight, each.bias) for each in dense]
+
+    attention, of_mlp = with_biases(layer.qkv, layer.attn_out), layer.mlp
     if not hasattr(of_mlp, 'router'):
-        return [layer.qkv, layer.attn_out, of_mlp.up, of_mlp.down, None, None, None]
-    shared = [None, None] if of_mlp.shared is None else [of_mlp.shared.up, of_mlp.shared.down]
-    return [layer.qkv, layer.attn_out, of_mlp.up, of_mlp.down, of_mlp.router, *shared]
+        return attention + with_biases(of_mlp.up, of_mlp.down)
+    shared = with_biases(of_mlp.shared.up, of_mlp.shared.down) if of_mlp.shared else []
+    return [*attention, (of_mlp.up, None), (of_mlp.down, None), (of_mlp.router, None), *shared]
 
 
 def tables_of(model, cache, products, kernels) -> Tables:
     """The tables of a model_shard.ModelShard and a kv_cache.KVCache, which must outlive them.
 
-    products: [layers][7] kernels; kernels: the others; None for what there is not.  All are ready.
+    products: the kernel of each of `matrices_of` each layer; kernels: the others, None for what there is not.  All are ready.
     """
     matrices = np.zeros((len(model.layers), SHARED_DOWN + 1, 6), np.int64)
     norms = np.zeros((len(model.layers), 6, 2), np.int64)
     for i, layer in enumerate(model.layers):
-        for j, matrix in enumerate(matrices_of(layer)):
-            if matrix is not None:
-                w, bias = getattr(matrix, 'weight', matrix), getattr(matrix, 'bias', None)
-                matrices[i, j] = (_address(w.data), *w.data.shape[-2:], w.out_features, address_of(products[i][j]),
-                                  _address(bias))
+        for j, (w, bias) in enumerate(matrices_of(layer)):
+            matrices[i, j] = _address(w.data), *w.data.shape[-2:], w.out_features, address_of(products[i][j]), _address(bias)
         of_layer = layer.attn_post_norm, layer.mlp_norm, layer.mlp_post_norm, layer.next_norm, layer.q_norm, layer.k_norm
         for j, weights in enumerate(of_layer):
             norms[i, j] = (0, 0) if weights is None else (_address(weights.gain), _address(weights.bias))

@@ -252,7 +252,7 @@ _int8, _int4 = integer_product('int8', 2), integer_product('int4', 2)
 share_coarse_int8, share_coarse_int4 = (integer_product(kind, COARSE_BYTES[kind]) for kind in ('int8', 'int4'))
 quantize_int8, quantize_int4 = quantizer('int8', 2, 32767), quantizer('int4', 2, 32767)
 quantize_coarse_int8, quantize_coarse_int4 = (quantizer(kind, COARSE_BYTES[kind], 127) for kind in ('int8', 'int4'))
-BYTES_INT8, BYTES_INT4 = COARSE_BYTES['int8'], COARSE_BYTES['int4']
+BYTES_INT8, BYTES_INT4 = COARSE_BYTES['int8'], COARSE_BYTES['int4']  # kernels look nothing up by its name
 SHARES = {'float32': _float32, 'bfloat16': _bfloat16, 'int8': _int8, 'int4': _int4}
 PRODUCT = 'void(f4[:, ::1], u1[:, ::1], f4[:, ::1], i8)'  # x [tokens, in], w [panels, bytes], y [tokens, out], threads
 

@@ -1,4 +1,4 @@
-"""The steps of layers.py: kernels called at their addresses, and the little that is between them.
+"""What the stages of layers.py are made of: kernels called at their addresses, and the little that is between them.
 
 Where a layer's weights lie, and which kernels it needs, is in tables of integers, by the names below.
 """
