@@ -214,8 +214,8 @@ def _attention(kind: str):
             at, ahead = k + slot // LANES * panel, AHEAD
             if soon:
                 ahead = v + slot // LANES * v_panel - at
-            add(x, x_bytes * even, m, at, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES), even // each,
-                sa + 4 * column, 4 * width, 1, ahead)
+            add(np.int64(x), x_bytes * even, m, at, panel, LANES * 4, panels_of(slot, pieces[piece, 2], LANES), even // each,
+                sa + 4 * column, 4 * width, np.int64(1), ahead)
         for i in range(m):
             row = sa + 4 * width * i
             top = mask_row(row, width, pieces, number, position + i // heads, window, cap, sinks, LANES)
@@ -230,7 +230,7 @@ def _attention(kind: str):
                     ahead = then_k + there // LANES * panel - (v + slot // LANES * v_panel)
             for at in range(begin, end, V_ROWS):
                 add(p + x_bytes * (column + begin % LANES + at - begin), x_bytes * width, m, v + at * wide * 4 // each,
-                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide, 0, ahead)
+                    LANES * 4, wide * 4, wide // LANES, (min(end, at + V_ROWS) - at) // each, oa, 4 * wide, np.int64(0), ahead)
         put_rows(oa, wide, factors, b, first_row, head, heads)
         keep(q)
 

@@ -36,7 +36,7 @@ def share_rms_norm(x, gain, eps, y, thread, threads):
 def rms_norm(x, gain, eps, y, threads):
     """y = x / sqrt(mean(x^2) + eps) * gain."""
     if threads == 1:
-        share_rms_norm(x, gain, eps, y, 0, 1)
+        share_rms_norm(x, gain, eps, y, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_rms_norm(x, gain, eps, y, np.int64(thread), threads)
@@ -66,7 +66,7 @@ def share_add_rms_norm(x, part, gain, eps, y, thread, threads):
 def add_rms_norm(x, part, gain, eps, y, threads):
     """part += x, and y = its norm."""
     if threads == 1:
-        share_add_rms_norm(x, part, gain, eps, y, 0, 1)
+        share_add_rms_norm(x, part, gain, eps, y, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_add_rms_norm(x, part, gain, eps, y, np.int64(thread), threads)
@@ -118,7 +118,7 @@ def share_layer_norm(x, gain, bias, eps, y, thread, threads):
 def layer_norm(x, gain, bias, eps, y, threads):
     """y = (x - mean) / sqrt(variance + eps) * gain + bias; an empty bias is none."""
     if threads == 1:
-        share_layer_norm(x, gain, bias, eps, y, 0, 1)
+        share_layer_norm(x, gain, bias, eps, y, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_layer_norm(x, gain, bias, eps, y, np.int64(thread), threads)
@@ -188,7 +188,7 @@ def share_activate(x, kind, y, thread, threads):
 def activate(x, kind, y, threads):
     """y = activation(x)."""
     if threads == 1:
-        share_activate(x, kind, y, 0, 1)
+        share_activate(x, kind, y, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_activate(x, kind, y, np.int64(thread), threads)
@@ -212,7 +212,7 @@ def share_gated_activation(gate_up, kind, y, thread, threads):
 def gated_activation(gate_up, kind, y, threads):
     """y = activation(gate) * up.  gate_up [tokens, 2 ffn/n]"""
     if threads == 1:
-        share_gated_activation(gate_up, kind, y, 0, 1)
+        share_gated_activation(gate_up, kind, y, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_gated_activation(gate_up, kind, y, np.int64(thread), threads)
@@ -296,7 +296,7 @@ def share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, threa
 def rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, threads):
     """Q turned; K, turned, and V into the cache (see attention.py for its layout)."""
     if threads == 1:
-        share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, 0, 1)
+        share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_rope_append_float32(qkv, cos, sin, rope, slots, q, keys, values, np.int64(thread), threads)
@@ -341,7 +341,7 @@ def share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, thre
 def rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, threads):
     """The same into a cache of bfloat16."""
     if threads == 1:
-        share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, 0, 1)
+        share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, np.int64(0), threads)
     else:
         for thread in prange(threads):
             share_rope_append_bfloat16(qkv, cos, sin, rope, slots, q, keys, values, np.int64(thread), threads)

@@ -73,7 +73,7 @@ def shared_kernel(signature: str):
 
 def _entry(signature: str, options: dict):
     def decorate(function):
-        dispatcher = numba.njit(cache=True, **OPTIONS, **options)(function)
+        dispatcher = numba.njit(cache=True, no_cfunc_wrapper=True, **OPTIONS, **options)(function)
         dispatcher.only_signature = signature
         return dispatcher
     return decorate

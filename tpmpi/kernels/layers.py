@@ -14,7 +14,7 @@ import numpy as np
 
 from tpmpi.config import ModelConfig
 from tpmpi.kernels.alignment import LINE, aligned
-from tpmpi.kernels.jit import address_of, helper, kernel
+from tpmpi.kernels.jit import address_of, helper, inlined, kernel
 from tpmpi.kernels.meeting import add_parts, add_rooms
 from tpmpi.kernels.rows import floats, halves
 from tpmpi.kernels.stages import (
@@ -199,7 +199,7 @@ def _layers(cached):
                                reals[CAP], views[group, SINKS], b, threads))  # B  [tokens, heads/n, head_dim]
         product(b.reshape(tokens, heads * dim), w[OUT], c, threads)
 
-    @helper
+    @inlined
     def layers(first, last, x, a, c, e, wide, streams, weights, step, numbers, reals, disputed, sums, number):
         matrices, norms, _, _, kernels, _ = weights
         tokens, hidden, heads, dim = x.shape[0], x.shape[1], numbers[HEADS], numbers[HEAD_DIM]

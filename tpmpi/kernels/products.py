@@ -123,6 +123,22 @@ def float_panels(kind: str, level: int = STREAM):
     return add
 
 
+@helper
+def clear(y, first, end):
+    """y[:, first:end] = 0: a loop, because Numba compiles an assignment to a slice for seconds, for the text of its error."""
+    for m in range(y.shape[0]):
+        for column in range(first, end):
+            y[m, column] = 0
+
+
+@helper
+def put_last(tail, y, first):
+    """y[:, first:] = the beginnings of the rows of tail."""
+    for m in range(y.shape[0]):
+        for column in range(first, y.shape[1]):
+            y[m, column] = tail[m, column - first]
+
+
 def float_product(kind: str):
     """share(x, w, y, t, threads) for float32, bfloat16, and pairs, which take x as bfloat16."""
     add, each = float_panels(kind), PER_STEP.get(kind, 2)
@@ -135,7 +151,7 @@ def float_product(kind: str):
         first, last = whole * t // threads, whole * (t + 1) // threads
         tail = np.zeros((tokens, LANES), np.float32)  # a last panel that is not full, with the last thread's
         if steps == 0:
-            y[:, first * LANES:last * LANES] = 0
+            clear(y, first * LANES, last * LANES)
         for part in range(2 if t == threads - 1 and y.shape[1] > whole * LANES else 1):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:
@@ -143,7 +159,7 @@ def float_product(kind: str):
             add(x.ctypes.data, x_bytes * x.shape[1], tokens, w.ctypes.data + panel * w.shape[1], w.shape[1], ROW_BYTES, panels,
                 steps, to, y_row, 1, 0)
             if part == 1:
-                y[:, whole * LANES:] = tail[:, :y.shape[1] - whole * LANES]
+                put_last(tail, y, whole * LANES)
         keep(x)
         keep(w)
 
@@ -227,7 +243,7 @@ def integer_product(kind: str, x_bytes: int):
         tokens, groups, whole = q.shape[0], scale.shape[1], y.shape[1] // LANES
         first, last = whole * t // threads, whole * (t + 1) // threads
         tail = np.zeros((tokens, LANES), np.float32)  # a last panel that is not full, with the last thread's
-        y[:, first * LANES:last * LANES] = 0
+        clear(y, first * LANES, last * LANES)
         for part in range(2 if t == threads - 1 and y.shape[1] > whole * LANES else 1):
             panel, panels, to, y_row = first, last - first, y.ctypes.data + first * ROW_BYTES, 4 * y.shape[1]
             if part == 1:
@@ -235,7 +251,7 @@ def integer_product(kind: str, x_bytes: int):
             add(q.ctypes.data, q.shape[1], scale.ctypes.data, total.ctypes.data, 4 * groups, tokens,
                 w.ctypes.data + panel * w.shape[1], w.shape[1], groups, panels, to, y_row)
             if part == 1:
-                y[:, whole * LANES:] = tail[:, :y.shape[1] - whole * LANES]
+                put_last(tail, y, whole * LANES)
         keep(q)
         keep(scale)
         keep(total)
