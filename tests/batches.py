@@ -13,6 +13,7 @@ from pathlib import Path
 from ranks import PROGRAMS, alive, command, environment
 
 STOPPED = 75  # exit code of a batch that can go on
+PLAIN = ('--kernels', 'reference')  # where kernels do not matter: without Numba a rank starts in a third of the time
 
 
 class Job:

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import tiny
-from batches import STOPPED, Job, batch, records, report, write_lines
+from batches import PLAIN, STOPPED, Job, batch, records, report, write_lines
 from ranks import is_open_mpi
 
 from tpmpi.batch import parse, seconds
@@ -175,7 +175,7 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
         ({'id': '0', 'prompt': 'b', 'max_new_tokens': 0}, None)]
     path = write_lines(tmp_path / 'in.jsonl', [line for line, _ in lines])
     output = tmp_path / 'out.jsonl'
-    said = batch(1, '--model', nine_heads, '--input', path, '--output', output, '--kv-memory', 3 * 55_296)
+    said = batch(1, *PLAIN, '--model', nine_heads, '--input', path, '--output', output, '--kv-memory', 3 * 55_296)
     found = records(output)
     good = {record['id']: record for record in found if 'text' in record}
     assert good.keys() == {19, 'fits', '0'} and len(good['fits']['tokens']) == 12 and good['0']['tokens'] == []
@@ -193,7 +193,7 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
     figures = report(output)
     assert (figures['requests'], figures['done'], figures['failed'], figures['complete']) == (failed + 3, 3, failed, True)
     assert re.search(rf'done: 3 done, {failed} failed, 0 skipped; [\d.]+ tokens/s\n$', said)
-    again = batch(1, '--model', nine_heads, '--input', path, '--output', output)
+    again = batch(1, *PLAIN, '--model', nine_heads, '--input', path, '--output', output)
     assert f'done: 0 done, 0 failed, {failed + 3} skipped' in again and records(output) == found
 
 
@@ -279,7 +279,7 @@ def test_the_date_in_prompts_is_that_of_the_first_run(tmp_path):
 
     def run(count: int, size: int, replicas: int) -> None:
         lines = write_lines(tmp_path / 'in.jsonl', requests[:count])
-        batch(size, '--model', path, '--input', lines, '--output', output, '--replicas', replicas, '--max-new-tokens', 3)
+        batch(size, *PLAIN, '--model', path, '--input', lines, '--output', output, '--replicas', replicas, '--max-new-tokens', 3)
 
     def answer(prompt: str) -> list[int]:
         tokens = tiny.byte_ids(prompt)
@@ -302,9 +302,9 @@ def test_the_date_in_prompts_is_that_of_the_first_run(tmp_path):
 
 def test_a_batch_that_is_done_loads_no_model(nine_heads, tmp_path):
     lines, output = write_lines(tmp_path / 'in.jsonl', [{'id': 1, 'prompt': 'a'}]), tmp_path / 'out.jsonl'
-    batch(2, '--model', nine_heads, '--input', lines, '--output', output)
+    batch(2, *PLAIN, '--model', nine_heads, '--input', lines, '--output', output)
     before = output.read_bytes()
-    batch(2, '--model', nine_heads, '--input', lines, '--output', output)
+    batch(2, *PLAIN, '--model', nine_heads, '--input', lines, '--output', output)
     assert output.read_bytes() == before
     figures = report(output)
     assert (figures['complete'], figures['done'], figures['skipped']) == (True, 0, 1)
@@ -316,7 +316,7 @@ def test_memory_does_not_grow_with_the_input(nine_heads, tmp_path):
     for count in (5000, 20_000):
         requests = ({'id': i, 'prompt': f'{i}', 'max_new_tokens': i % 2} for i in range(count))
         lines, output = write_lines(tmp_path / f'{count}.jsonl', requests), tmp_path / f'{count}.out'
-        batch(1, '--model', nine_heads, '--input', lines, '--output', output, '--kernels', 'reference', '--max-sequences', 4)
+        batch(1, *PLAIN, '--model', nine_heads, '--input', lines, '--output', output, '--max-sequences', 4)
         found = records(output)
         assert {record['id'] for record in found} == set(range(count)) and len(found) == count
         assert all(len(record['tokens']) == record['id'] % 2 for record in found)
@@ -384,7 +384,7 @@ def test_the_same_command_goes_on_however_the_last_one_ended(reciter, nine_heads
 
 def test_a_stopped_rank_ends_the_run_and_the_output_goes_on(reciter, tmp_path):
     lines, output = write_lines(tmp_path / 'in.jsonl', reciting(40)), tmp_path / 'out.jsonl'
-    options = ('--model', reciter, '--input', lines, '--output', output, '--max-sequences', 1)
+    options = (*PLAIN, '--model', reciter, '--input', lines, '--output', output, '--max-sequences', 1)
     for rank in (1, 0):
         had = written(output)
         with Job(3, *options, '--stall-timeout', 2) as job:
@@ -404,7 +404,8 @@ def test_a_rank_that_stops_as_work_begins(reciter, tmp_path, monkeypatch, rank):
     """The others wait for it in MPI, and no step has been taken yet."""
     lines, output = write_lines(tmp_path / 'in.jsonl', reciting(4)), tmp_path / 'out.jsonl'
     monkeypatch.setenv('TPMPI_TEST_STOPS', str(rank))
-    with Job(3, '--model', reciter, '--input', lines, '--output', output, '--replicas', 3, '--stall-timeout', 1) as job:
+    options = (*PLAIN, '--model', reciter, '--input', lines, '--output', output, '--replicas', 3, '--stall-timeout', 1)
+    with Job(3, *options) as job:
         job.wait_for_ranks()
         assert job.end(30) != 0
         assert re.search(rf'tpmpi: no progress for 1 s: rank {rank} on .* did not arrive', job.said), job.said
@@ -417,7 +418,7 @@ def test_a_rank_that_stops_as_work_begins(reciter, tmp_path, monkeypatch, rank):
 def test_a_rank_whose_file_system_hangs(reciter, tmp_path, monkeypatch, rank, name, value):
     """Its other thread still answers: what tells it from those that wait is that it has come to fewer meetings."""
     lines, output = write_lines(tmp_path / 'in.jsonl', reciting(4)), tmp_path / 'out.jsonl'
-    options = ('--model', reciter, '--input', lines, '--output', output, '--stall-timeout', 1, '--kernels', 'reference')
+    options = ('--model', reciter, '--input', lines, '--output', output, '--stall-timeout', 1, *PLAIN)
     monkeypatch.setenv('TPMPI_TEST_LOAD_SECONDS', '4')
     monkeypatch.setenv(name, value)
     with Job(3, *options) as job:
@@ -436,7 +437,7 @@ def test_a_full_disk(reciter, tmp_path):
         pytest.skip('a small disk takes the right to mount one')
     try:
         lines, output = write_lines(tmp_path / 'in.jsonl', reciting(200)), disk / 'out.jsonl'
-        options = ('--model', reciter, '--input', lines, '--output', output)
+        options = (*PLAIN, '--model', reciter, '--input', lines, '--output', output)
         (disk / 'ballast').write_bytes(bytes(472 << 10))
         said = batch(2, *options, code=1)
         errors = [line for line in said.splitlines() if line.startswith('tpmpi: ')]

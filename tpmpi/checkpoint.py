@@ -197,7 +197,7 @@ class CheckpointReader:
     def _check_group_attributes(self, spec: TensorSpec, dataset: h5py.Dataset, expected: Mapping):
         found = attributes(dataset, expected)
         for name, value in expected.items():
-            if not np.array_equal(found.get(name), value):
+            if isinstance(found.get(name), np.ndarray) or found.get(name) != value:
                 short = reprlib.repr(found.get(name))
                 raise CheckpointError(f'{self.path}: attribute {name} of tensor {spec.name} is {short}; expected {value!r}')
 

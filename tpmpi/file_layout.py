@@ -7,6 +7,7 @@ beside a tensor of integers lie the scales (and offsets) of its groups, cut by t
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Iterable
@@ -141,11 +142,12 @@ def attributes(thing: h5py.HLObject, names: Iterable[str] | None = None) -> dict
         plain = isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID))
         if not plain or isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
             raise TypeError(f'attribute {name} of {thing.name} is of a type that model files do not have')
-        size = int(np.prod(attribute.shape, dtype=object)) * kind.get_size()
+        shape, dtype = attribute.shape, attribute.dtype  # each asked for once: a model has a thousand attributes
+        size = math.prod(shape) * kind.get_size()
         if size > MAX_TEXT:
             raise TypeError(f'attribute {name} of {thing.name} has {size} bytes')
-        value = np.empty(attribute.shape, attribute.dtype)  # what thing.attrs[name] does, without opening it again
-        attribute.read(value, mtype=h5py.h5t.py_create(attribute.dtype))
+        value = np.empty(shape, dtype)  # what thing.attrs[name] does, without opening it again
+        attribute.read(value, mtype=h5py.h5t.py_create(dtype))
         value = value.item() if value.ndim == 0 else value
         values[name] = value.decode() if isinstance(value, bytes) else value
     return values

@@ -1,7 +1,7 @@
 """tpmpi.run with one rank that fails.  arguments: RANK PHASE HOW, then those of tpmpi.run.
 
 HOW: kill (SIGKILL), exit0, exit3 (os._exit), raise.  In the phases prefill and decode it happens at an all-reduce, when
-the other ranks are already waiting in it; in load, while the model file is read.
+the other ranks are already waiting in it; in load, while the model file is read.  The file TPMPI_TEST_FAILED is made then.
 """
 
 import os
@@ -17,6 +17,9 @@ watches = []
 
 def fail():
     time.sleep(0.2)
+    if 'TPMPI_TEST_FAILED' in os.environ:
+        with open(os.environ['TPMPI_TEST_FAILED'], 'w'):
+            pass
     if how == 'kill':
         os.kill(os.getpid(), signal.SIGKILL)
     if how.startswith('exit'):
