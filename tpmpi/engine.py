@@ -84,7 +84,8 @@ class Engine:
         self.requests: dict[int, tuple[Request, Sequence]] = {}  # on rank 0: those that wait or run
         self.scored: set[int] = set()  # those whose prompts have all their log-probabilities
         self.steps, self.resting, self.rolling_noted, self.streaming, self.failed = 0, False, False, False, False
-        self.seconds = dict.fromkeys(('prefill', 'decode', 'sampling', 'scheduling', 'waiting'), 0.0)  # sampling: part of steps
+        # sampling and gathering are parts of steps; gathering: rank 0's wait for candidates of ranks whose logits come later
+        self.seconds = dict.fromkeys(('prefill', 'decode', 'sampling', 'gathering', 'scheduling', 'waiting'), 0.0)
 
     def allocate(self, num_blocks: int, max_sequences: int) -> None:
         """The cache, for all requests to come; a collective call, while none runs."""
@@ -257,12 +258,15 @@ class Engine:
         if drawn:
             rows = [row for row, _ in drawn]
             last = hidden if rows == list(range(len(hidden))) else hidden[rows]  # in decode no copy
-            local, start = logits(last, self.model, self.ops), perf_counter()  # [rows, vocab/n]
+            local = logits(last, self.model, self.ops)  # [rows, vocab/n]
+            start, gathered = perf_counter(), self.comm.traffic['gather'].seconds
             draws = [Draw(s.params, s.noise, s.tokens) for s in (self.running[number] for _, number in drawn)]
             choices = self.sampler.choose(local, draws)
             for (_, number), choice in zip(drawn, choices or (), strict=False):  # rank 0
                 self._choose(number, choice)
-            self.seconds['sampling'] += perf_counter() - start - self.sampler.waited
+            gathered = self.comm.traffic['gather'].seconds - gathered
+            self.seconds['gathering'] += gathered
+            self.seconds['sampling'] += perf_counter() - start - gathered - self.sampler.waited
         if self.leads:
             for _, number in last_rows:
                 request = self.requests[number][0]
