@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 for name in ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_NUM_THREADS'):
     os.environ.setdefault(name, '1')  # the ranks of a test share two cores with it
 
 import tiny  # noqa: E402
+
+settings.register_profile('tests', deadline=None)  # an example that takes long beside other work is no failure
+settings.load_profile('tests')
 
 
 @pytest.fixture(scope='session')

@@ -175,7 +175,7 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
         ({'id': '0', 'prompt': 'b', 'max_new_tokens': 0}, None)]
     path = write_lines(tmp_path / 'in.jsonl', [line for line, _ in lines])
     output = tmp_path / 'out.jsonl'
-    said = batch(1, *PLAIN, '--model', nine_heads, '--input', path, '--output', output, '--kv-memory', 3 * 55_296)
+    said = batch(1, '--model', nine_heads, '--input', path, '--output', output, '--kv-memory', 3 * 55_296)  # of cpu kernels
     found = records(output)
     good = {record['id']: record for record in found if 'text' in record}
     assert good.keys() == {19, 'fits', '0'} and len(good['fits']['tokens']) == 12 and good['0']['tokens'] == []
@@ -193,7 +193,7 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
     figures = report(output)
     assert (figures['requests'], figures['done'], figures['failed'], figures['complete']) == (failed + 3, 3, failed, True)
     assert re.search(rf'done: 3 done, {failed} failed, 0 skipped; [\d.]+ tokens/s\n$', said)
-    again = batch(1, *PLAIN, '--model', nine_heads, '--input', path, '--output', output)
+    again = batch(1, '--model', nine_heads, '--input', path, '--output', output)
     assert f'done: 0 done, 0 failed, {failed + 3} skipped' in again and records(output) == found
 
 
