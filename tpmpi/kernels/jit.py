@@ -52,7 +52,11 @@ bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urando
 
 
 def helper(function):
-    """A function that kernels call; it becomes part of each of them."""
+    """A function that kernels call; it becomes part of each of them.
+
+    It is compiled for each kind of arguments that it is called with, and a constant is another kind than a variable: where
+    both occur, the constant is written np.int64(1).
+    """
     return numba.njit(**OPTIONS, **UNSEEN)(function)
 
 
