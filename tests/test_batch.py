@@ -270,6 +270,8 @@ def test_all_replicas_work_until_nothing_is_left(reciter, tmp_path, size, replic
     busy = [sum(rank['seconds'][name] for name in ('prefill', 'decode', 'scheduling', 'waiting')) for rank in figures['ranks']]
     assert all(rank['steps'] > 50 for rank in figures['ranks'])
     assert min(busy) > 0.5 * figures['run_seconds'], figures
+    for seconds_of in (rank['seconds'] for rank in figures['ranks']):  # choosing, and waiting for others' logits, are in steps
+        assert 0 < seconds_of['sampling'] + seconds_of['gathering'] < seconds_of['prefill'] + seconds_of['decode']
 
 
 def test_the_date_in_prompts_is_that_of_the_first_run(tmp_path):
