@@ -27,7 +27,7 @@ def tables(draw):
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=tables())
 def test_rows_come_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp('arrays') / 'out.h5'

@@ -89,7 +89,6 @@ def expected_params(given: dict, defaults: Defaults, **others) -> dict:
 
 @given(ids, sources, some, st.fixed_dictionaries({}, optional={'max_new_tokens': counts, 'logprobs': counts}), default_sets,
        dumps)
-@settings(deadline=None)
 def test_a_plain_request_is_what_it_says(id, source, params, more, defaults, options):
     data = line({'id': id, source[0]: source[1]} | params | more, **options)
     expected = expected_params(params | more, defaults)
@@ -107,7 +106,6 @@ nothing = st.fixed_dictionaries({}, optional={
 
 @given(texts, st.one_of(prompts, messages.map(lambda m: {'chat': m})), some, st.one_of(st.none(), counts),
        st.one_of(st.none(), counts), nothing, default_sets, dumps, st.booleans())
-@settings(deadline=None)
 def test_an_openai_request_is_what_it_says(id, source, params, new, top, neutral, defaults, options, method):
     chat = isinstance(source, dict)
     body = {'model': 'm', ('messages' if chat else 'prompt'): source['chat'] if chat else source} | params | neutral
@@ -283,7 +281,7 @@ anything = st.recursive(
 @given(st.one_of(st.binary(), anything.map(line), anything.map(lambda x: line({'id': x, 'prompt': 'x', 'stop': x})),
                  anything.map(lambda x: line({'custom_id': 'a', 'url': CHAT, 'body': x})),
                  anything.map(lambda x: openai(messages=x)), anything.map(lambda x: openai(COMPLETIONS, prompt=x, logprobs=x))))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @example(b'\xef\xbb\xbf\xef\xbb\xbf')
 def test_nothing_but_a_line_error_comes_out(data):
     try:

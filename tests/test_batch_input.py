@@ -51,7 +51,7 @@ files = st.tuples(st.booleans(), st.lists(st.tuples(lines, st.sampled_from([b'\n
 
 
 @given(files, st.integers(1, 40), st.randoms())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @example(b'', 1, None)
 @example(b'\xef\xbb\xbf', 1, None)
 @example(b'\n', 1, None)

@@ -56,7 +56,7 @@ def test_what_is_written_is_read(stored):
             np.testing.assert_array_equal(read_whole(reader, name), tensor)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(place=st.integers(1, 14).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
 @pytest.mark.parametrize('kind', STORED_KINDS)
 def test_any_rank_reads_its_rows(of_kinds, kind, place):

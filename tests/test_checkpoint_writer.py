@@ -81,7 +81,7 @@ def interrupted(tmp_path_factory):
         (folder / 'whole.h5').read_bytes()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_torn_journal_costs_what_it_lost(interrupted, tmp_path_factory, data):
     """Cut at any byte, with or without the zeros that a file system may leave there."""

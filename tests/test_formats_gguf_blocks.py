@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import environment
 
@@ -40,7 +40,6 @@ def random_blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
     return raw.reshape(rows, -1)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(PAIRS), st.integers(1, 4), st.integers(1, 3), st.integers(0, 999))
 def test_any_blocks_decode_to_the_package_s_numbers(pair, rows, groups, seed):
     name, kind = pair

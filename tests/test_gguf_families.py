@@ -311,7 +311,7 @@ VALUES = st.one_of(st.integers(-2, 130), st.sampled_from([1 << 31, 1 << 63]), st
                    st.lists(st.integers(0, 3) | st.floats() | st.text(max_size=2), max_size=7))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(name=st.sampled_from(list(CASES)), data=st.data())
 def test_no_value_of_any_key_ends_in_another_error(name, data):
     architecture, keys, found = keys_and_tensors(name)

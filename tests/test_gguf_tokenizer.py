@@ -85,7 +85,7 @@ def test_steps_that_llama_cpp_leaves_away(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=40))
 @example(text='\ufdd0 e\u0301 \u212b')
 def test_text_comes_back(name, text):
@@ -137,7 +137,7 @@ def test_sentencepiece_streams_whole_characters(name):
     assert len(ids) > 5 and pieces == ['Ж', '𠜎']
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(exclude_characters='\u2581', exclude_categories=['Cs']), max_size=40))
 @example('  two')
 @example(' \x00\t\U0010ffff ')
@@ -152,7 +152,7 @@ def test_byte_fallback_keeps_every_text(text):
 SENTENCEPIECE_TOKENIZERS = [tokenizer_of(LLAMA), tokenizer_of(GEMMA)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_merges_from_scores_join_the_best_pair_first(data):
     """Against SentencePiece's own rule, followed step by step: join the neighbours with the best join, the left one first."""

@@ -27,7 +27,7 @@ from tpmpi.kernels.elementwise import ACTIVATIONS
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import WEIGHT_KINDS, decode, encode
 
-SMALL = settings(max_examples=60, deadline=None)
+SMALL = settings(max_examples=60)
 ops = Kernels(units=False)  # which test_matrix_units.py is about
 # largest error of a product beside the sum of its terms' magnitudes: float32 sums, or activations in 16 bits
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-6, 'int8': 5e-5, 'int4': 5e-5}
@@ -251,7 +251,7 @@ def test_log_sum_exp():
     assert (ops.log_sum_exp(np.empty((2, 0), np.float32)) == -np.inf).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(kv_heads=st.integers(1, 3), group=st.integers(1, 5), dim=st.sampled_from([6, 8, 16, 24, 64]),
        block=st.sampled_from([3, 8, 16, 64]), blocks=st.permutations(range(6)),
        count=st.integers(1, 5), kv=st.sampled_from(['float32', 'bfloat16']),

@@ -17,7 +17,7 @@ from tpmpi.kernels.uploads import KEYS, SPLITS, TILED_FROM
 from tpmpi.kv_cache import LayerCache, Ring, pinned_blocks
 from tpmpi.weights import STORED_KINDS, decode, encode
 
-SMALL = settings(max_examples=40, deadline=None)
+SMALL = settings(max_examples=40)
 FLOAT32 = 2e-6  # of a sum of float32, beside the sum of its terms' magnitudes
 
 
@@ -214,7 +214,7 @@ def test_softcap(ops, xp):
 # ---- attention
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kv_heads=st.integers(1, 3), group=st.sampled_from([1, 2, 3, 9]), dim=st.sampled_from([6, 8, 24, 64, 136, 264]),
        block=st.sampled_from([3, 16, 64]), blocks=st.permutations(range(6)), count=st.integers(1, 5),
        kv=st.sampled_from(['float32', 'bfloat16']), window=st.one_of(st.none(), st.integers(1, 100)),

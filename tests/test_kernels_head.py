@@ -28,7 +28,7 @@ def logits_with_equal_ones(rows, columns, seed):
     return x.astype(np.float32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 3), columns=st.one_of(st.integers(1, 70), st.sampled_from([CHUNK, CHUNK + 1, 2 * CHUNK + 77])),
        count=st.sampled_from([1, 2, 5, 64, CHUNK // 2]), divided=st.booleans(), seed=st.integers(0, 9))
 def test_the_best_are_those_of_the_reference_kernels(xp, rows, columns, count, divided, seed):
@@ -82,7 +82,7 @@ def test_a_choice_is_that_among_logits_on_the_host(xp, chosen, ranks):
         np.testing.assert_allclose([p for _, p in found.top], [p for _, p in expected.top], atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(columns=st.sampled_from([1, 64, 65, 3000]), spread=st.sampled_from([0.0, 0.5, 4.0]), ranks=st.integers(1, 3),
        temperature=st.sampled_from([0.2, 1, 3]), penalty=st.sampled_from([1.0, 0.6, 1.7]), top_p=st.sampled_from([1.0, 0.8]),
        seed=st.integers(0, 99))

@@ -23,7 +23,7 @@ def built():
     ready(ops, ops.needed(CONFIG, WEIGHT_KINDS, 'float32'))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tokens=st.integers(1, 9), count=st.integers(1, 7), more=st.integers(0, 60), normalize=st.booleans(), ties=st.booleans(),
        seed=st.integers(0, 99))
 def test_routes_are_those_of_the_reference_kernels(tokens, count, more, normalize, ties, seed):
@@ -53,7 +53,7 @@ def mixture_of(rng, kernels, count, hidden, ffn, kinds):
     return tuple(zip(*found, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(kinds=st.tuples(st.sampled_from(WEIGHT_KINDS), st.sampled_from(WEIGHT_KINDS)), count=st.integers(1, 6),
        each=st.integers(1, 3), hidden=st.integers(1, 3), ffn=st.integers(0, 3), odd=st.booleans(), tokens=st.integers(1, 40),
        together=st.sampled_from([1, 9, 1024]), rounded=st.booleans(), seed=st.integers(0, 9))

@@ -207,7 +207,7 @@ def test_the_gate_comes_first():
                                rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups=st.lists(st.integers(1, 4), min_size=0, max_size=3), counts=st.lists(st.integers(1, 9), min_size=1, max_size=9),
        window=st.one_of(st.none(), st.integers(1, 9)), bfloat16=st.booleans(), block=st.integers(1, 8),
        scale=st.sampled_from([0.1, 0.5]), cap=st.sampled_from([None, 1.5]), sinks=st.integers(0, 4), rolls=st.booleans(),

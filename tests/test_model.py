@@ -180,7 +180,7 @@ def configs(draw):
         learned_positions=draw(st.sampled_from([0, 64])), **facts)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(config=configs(), size=st.integers(1, 17), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
        seed=st.integers(0, 9), context=st.sampled_from([None, 3]), sinks=st.integers(0, 4))
 def test_any_configuration_on_any_number_of_ranks(tmp_path_factory, config, size, lengths, seed, context, sinks):

@@ -113,7 +113,7 @@ def test_torn_at_every_byte(tmp_path, monkeypatch):
             assert unfinished.get(2, []) == [t for entry in whole_lines if entry['line'] == 2 for t in entry['tokens']]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # it waits for the disk
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])  # it waits for the disk
 @given(st.lists(st.tuples(st.sampled_from(['progress', 'anew', 'finish', 'flush', 'reopen']), st.integers(0, 3),
                           st.lists(st.integers(0, 1 << 20), max_size=5)), max_size=30))
 def test_against_a_model(tmp_path_factory, steps):

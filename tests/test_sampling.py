@@ -61,7 +61,7 @@ def allowed_by_hand(logits, params, history):
 logit_lists = st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=60)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(logits=logit_lists, ranks=st.integers(1, 5), seed=st.integers(0, 5), temperature=st.sampled_from([0.5, 1.0, 2.0]),
        top_k=st.sampled_from([0, 1, 3, 50]), top_p=st.sampled_from([1.0, 0.9, 0.3]), min_p=st.sampled_from([0.0, 0.05, 0.5]),
        penalty=st.sampled_from([1.0, 1.3]), data=st.data())
@@ -209,7 +209,7 @@ def test_at_the_ends_of_the_ranges_large_logits_stay_numbers(temperature, penalt
     assert math.isfinite(choice.logprob) and [token for token, _ in choice.top] == [39, 38, 37]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), ranks=st.integers(1, 3))
 def test_many_rows_at_once_are_each_row_alone(data, ranks):
     logits = np.random.default_rng(data.draw(st.integers(0, 9))).normal(0, 2, (6, 700)).astype(np.float32)
@@ -226,7 +226,7 @@ def test_many_rows_at_once_are_each_row_alone(data, ranks):
                         for row, draw in zip(logits, draws, strict=True)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 5), size=st.integers(1, 60), ranks=st.integers(1, 4), data=st.data())
 def test_the_short_way_for_the_most_probable_tokens_is_the_long_one(rows, size, ranks, data):
     """Few different values, so that there are ties; one request that asks for more sends all the long way."""

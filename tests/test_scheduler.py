@@ -80,7 +80,7 @@ VIEWS = {'full': [(None, 0)], 'window': [(6, 0)], 'sinks': [(6, 3)], 'alternatin
          'two windows': [(9, 2), (4, 0)]}
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(data=st.data(), num_blocks=st.integers(8, 40), block=st.sampled_from([1, 2, 4, 8]), chunk=st.integers(1, 20),
        most=st.integers(1, 6), sharing=st.booleans(), copying=st.booleans(), views=st.sampled_from(sorted(VIEWS)),
        long_beyond=st.sampled_from([None, None, 9]))

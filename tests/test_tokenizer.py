@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -64,7 +64,6 @@ def test_gives_the_ids_of_transformers(name):
         assert ids == case['ids'], case['messages']
 
 
-@settings(deadline=None)
 @given(any_text.filter(lambda text: '<|' not in text))  # a special token spelled out is that token: see below
 def test_any_text_survives_byte_level_bpe(text):
     for tokenizer in (TINY, OTHER):
@@ -109,7 +108,6 @@ def test_import_is_cheap():
 
 # ---- streams
 
-@settings(deadline=None)
 @given(any_text)
 def test_stream_of_a_text_is_the_text(text):
     for tokenizer in (TINY, OTHER, *PIECES):
@@ -117,14 +115,12 @@ def test_stream_of_a_text_is_the_text(text):
         assert ''.join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 305)))
 def test_stream_of_any_ids_is_what_decode_gives(ids):
     for tokenizer in (TINY, OTHER):
         assert ''.join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(['the', ' cat', 's', 'é', '日', '😀', ' ', '  ', '\n', '\ufffd', 'a', '\u200d'])))
 def test_stream_with_byte_tokens_and_a_hidden_first_space(words):
     for tokenizer in PIECES:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import PIECES, TINY, any_text, tiny
 from tokenizers import Tokenizer as Backend
@@ -46,7 +46,6 @@ def test_special_tokens_in_a_message_stay_text(content):
     assert ids == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(any_text, look_alikes), min_size=1))
 def test_no_message_adds_a_special_token(contents):
     tokenizer = tiny(template=CHATML)

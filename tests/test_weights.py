@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tpmpi.weights import (
@@ -127,7 +127,6 @@ shapes = st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([0, 1])
     lambda s: (s[0] * 32, 2 * s[1], 0) if s[2] == 0 else (s[0], s[1] * 32, 1))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(['int8', 'int4']), shapes, st.integers(0, 99))
 def test_integers_decode_to_their_formula(kind, shape, seed):
     stored = random_stored(kind, *shape, seed)
@@ -145,7 +144,6 @@ magnitudes = st.sampled_from([1.0, 1e-3, 1e-5, 1e-7, 1e-9, 1e-40, 30.0, 1000.0])
 elements = st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, 1.0, -1.0, 0.5]))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(['int8', 'int4']), st.sampled_from([0, 1]), magnitudes, st.sampled_from([0.0, 3.0, -50.0]),
        st.lists(elements, min_size=64, max_size=64))
 def test_no_weight_is_off_by_more_than_half_a_scale(kind, group_axis, magnitude, centre, values):
@@ -197,7 +195,6 @@ def test_the_largest_values_are_reached(kind, value, search):
     np.testing.assert_allclose(decode(encode(x, kind, search=search)), x, atol=abs(value) / 2000)
 
 
-@settings(deadline=None)
 @given(st.sampled_from([0, 1]), magnitudes, st.lists(elements, min_size=64, max_size=64))
 def test_a_scale_that_is_searched_for_is_never_worse(group_axis, magnitude, values):
     """In no group, by the sum of squares; and it stays one of the eight, so that no weight is off by more than half of it."""
