@@ -24,6 +24,8 @@ import llvmlite
 import numba
 import numpy as np
 from numba.core import bytecode, config, registry
+from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 
 TRIPLE, CPU, _FEATURES = registry.cpu_target.target_context.codegen().magic_tuple()  # follows NUMBA_CPU_NAME as well
 FEATURES = frozenset(f[1:] for f in _FEATURES.split(',') if f.startswith('+'))
@@ -77,10 +79,21 @@ def shared_kernel(signature: str):
 
 def _entry(signature: str, options: dict):
     def decorate(function):
-        dispatcher = numba.njit(cache=True, no_cfunc_wrapper=True, **OPTIONS, **options)(function)
+        dispatcher = numba.njit(no_cfunc_wrapper=True, **OPTIONS, **options)(function)
+        dispatcher._cache = Cache(function)
         dispatcher.only_signature = signature
         return dispatcher
     return decorate
+
+
+class Cache(FunctionCache):
+    """Numba's cache of machine code, which is loaded without all that Numba knows of types: only compiling needs that,
+    and filling its tables would take longer than loading all kernels of a model."""
+
+    def load_overload(self, sig, target_context):
+        rtsys.initialize(target_context)  # what arrays are handed over by
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def build(kernels) -> None:
