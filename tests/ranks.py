@@ -30,10 +30,11 @@ def mpirun() -> str:
 
 
 def environment(**changes) -> dict[str, str]:
-    """The environment of a rank: nothing set that the program should decide itself."""
+    """The environment of a rank: nothing set that the program should decide itself, and the package that the tests import."""
     env = {k: v for k, v in os.environ.items() if not k.endswith('_NUM_THREADS')}
-    env['PYTHONPATH'] = os.pathsep.join(p for p in sys.path if p and Path(p).is_dir())
-    env.update({'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1', 'PYTHONWARNINGS': 'error'})
+    env['PYTHONPATH'] = os.pathsep.join(p for p in (*sys.path, str(PROGRAMS)) if p and Path(p).is_dir())
+    env.update({'OMPI_ALLOW_RUN_AS_ROOT': '1', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1', 'PYTHONWARNINGS': 'error',
+                'PYTHONSAFEPATH': '1'})  # not the sources in the working directory, whose kernels would be compiled as well
     return env | changes
 
 
