@@ -6,9 +6,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -440,6 +442,31 @@ def test_kernels_that_several_processes_compiled_do_not_call_each_other_s_helper
     for names, expected in ((['first'], '1.0'), (['second'], '10.0'), (['first', 'second'], '1.0 10.0')):
         done = subprocess.run([sys.executable, '-c', program, *names], capture_output=True, text=True, env=env)
         assert done.stdout.strip() == expected, done.stderr
+
+
+ANOTHER = '''
+from tpmpi.kernels import elementwise, jit
+jit.build([elementwise.log_sum_exp])
+print(jit.__file__, jit.FOLDER.name, sum(elementwise.log_sum_exp.stats.cache_misses.values()))
+'''
+
+
+def test_a_copy_of_the_package_finds_the_machine_code_until_a_helper_is_edited(tmp_path):
+    env = environment(TPMPI_CACHE_DIR=str(tmp_path / 'cache'))
+
+    def compiled(**variables):
+        done = subprocess.run([sys.executable, '-c', ANOTHER], capture_output=True, text=True, env=env | variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    source, folder, misses = compiled()
+    copy = shutil.copytree(Path(source).parents[1], tmp_path / 'copy' / 'tpmpi', copy_function=shutil.copyfile)
+    elsewhere = {'PYTHONPATH': f'{copy.parent}{os.pathsep}{env["PYTHONPATH"]}'}
+    assert misses == '1' and compiled(**elsewhere) == [str(copy / 'kernels' / 'jit.py'), folder, '0']
+    rows = copy / 'kernels' / 'rows.py'  # of which log_sum_exp calls a helper
+    rows.write_text(rows.read_text() + '# edited\n')
+    _, another, misses = compiled(**elsewhere)
+    assert another != folder and misses == '1'
 
 
 def test_without_numba_the_reference_kernels_run_with_one_warning(models, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib
 import itertools
@@ -23,8 +24,8 @@ from pathlib import Path
 import llvmlite
 import numba
 import numpy as np
-from numba.core import bytecode, config, registry
-from numba.core.caching import FunctionCache
+from numba.core import bytecode, registry
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.runtime import rtsys
 
 TRIPLE, CPU, _FEATURES = registry.cpu_target.target_context.codegen().magic_tuple()  # follows NUMBA_CPU_NAME as well
@@ -86,9 +87,44 @@ def _entry(signature: str, options: dict):
     return decorate
 
 
+class Place(_CacheLocator):
+    """Where Numba keeps the machine code of a kernel.
+
+    Numba's own places go by a source's path and date, and are tried with a file for each kernel at every start, of which a
+    parallel file system has many ranks' at once.
+    """
+
+    def __init__(self, function, source: str):
+        self.line, self.source = function.__code__.co_firstlineno, source
+
+    @classmethod
+    def from_function(cls, function, source):
+        return cls(function, source)
+
+    def ensure_cache_path(self):
+        pass  # cache_folder has tried it
+
+    def get_cache_path(self):
+        return str(FOLDER)
+
+    def get_source_stamp(self):
+        return hashed(self.source)  # those of the package count by FOLDER's name
+
+    def get_disambiguator(self):
+        return str(self.line)
+
+
+class Code(CompileResultCacheImpl):
+    """What Numba keeps of a kernel."""
+
+    _locator_classes = [Place]
+
+
 class Cache(FunctionCache):
     """Numba's cache of machine code, which is loaded without all that Numba knows of types: only compiling needs that,
     and filling its tables would take longer than loading all kernels of a model."""
+
+    _impl_class = Code
 
     def load_overload(self, sig, target_context):
         rtsys.initialize(target_context)  # what arrays are handed over by
@@ -166,17 +202,23 @@ def _mark(dispatcher) -> Path:
     return FOLDER / f'{_name(dispatcher)}.built'
 
 
+@functools.cache
+def hashed(source: str) -> str:
+    """A digest of a source."""
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+
+
 def cache_folder(environ=os.environ) -> Path:
     """The folder for machine code: named by the kernels' sources, the versions of the compiler and the CPU.
 
     An edited helper in another file, another CPU that shares the home folder, or another compiler thus never meets old
-    code.  Numba keeps code by a source's path and date, so these count too: a second installation compiles its own.
+    code, and a second installation of the same finds that of the first.
     In $TPMPI_CACHE_DIR, $XDG_CACHE_HOME/tpmpi or ~/.cache/tpmpi; where none can be written, in a private folder of the
     temporary directory.
     """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob('*.py')):
-        digest.update(repr((str(source), source.stat().st_mtime_ns)).encode() + source.read_bytes())
+        digest.update(f'{source.name} {hashed(str(source))} '.encode())
     digest.update(repr((numba.__version__, llvmlite.__version__, np.__version__, sys.version_info[:2], TRIPLE, CPU, _FEATURES,
                         PARALLEL, MATRIX_UNITS, WIDTH)).encode())
     name = f'kernels-{digest.hexdigest()[:16]}'
@@ -241,4 +283,3 @@ if os.environ.get('TPMPI_MATRIX_UNITS', 'auto') == 'auto' and MATRIX_UNITS == 'a
     FOLDER = cache_folder()
 # whether vectors of pairs of bfloat16 are multiplied by an instruction: beside tiles, or alone
 HAS_PAIRS = MATRIX_UNITS in ('amx', 'avx512bf16') and WIDTH == 16 and 'avx512bf16' in FEATURES
-config.CACHE_DIR = str(FOLDER)
