@@ -129,6 +129,7 @@ def test_arguments_mean_what_they_say_or_are_refused(reciter, size):
             '-1', '0', "'2'", '1.5', 'True', '1025', '100000')},
         **{f'len({{tuple(llm.generate([5], max_new_tokens=6, temperature=1e6{seed}).tokens) for _ in range(3)}})': count
            for seed, count in ((', seed=1', 1), ('', 3))},
+        "llm.generate('x', seed=None, stop='日🎉').text": 'é',
         'llm.generate([5] * llm.config.max_positions).tokens': [],
         'len(llm.generate([5] * (llm.config.max_positions - 1), ignore_eos=True).tokens)': 1,
         'tpmpi.load(sys.argv[1], threads=np.int64(1), context=np.int32(9)).engine.run.context': 9}

@@ -205,6 +205,7 @@ def test_bad_lines_become_error_records_and_the_rest_completes(nine_heads, tmp_p
     ({'--report': '.'}, '--report is ., which is no regular'), ({'--arrays': '/'}, '--arrays is /, which is no regular file'),
     ({'--model': '/dev/zero'}, '/dev/zero is no regular file; expected a model file'),
     ({'--kv-memory': '1K'}, 'one block of 64 positions takes'), ({'--top-p': 2}, 'top_p is 2.0'),
+    ({'--stop': b'a\xff'}, '--stop: not UTF-8 at byte 1'),
 ])
 def test_what_cannot_work_is_one_line(nine_heads, tmp_path, changes, message):
     write_lines(tmp_path / 'in.jsonl', reciting(1))

@@ -295,7 +295,7 @@ def test_nothing_but_a_line_error_comes_out(data):
 
 LOGPROBS = [{'token': 5, 'text': 'He', 'logprob': -0.5, 'top': [[5, 'He', -0.5], [6, '\ufffd', float('-inf')]]},
             {'token': 7, 'text': 'llo', 'logprob': -1.5, 'top': [[8, 'y', -0.25], [9, 'y', -2.0]]}]
-OUTCOME = Outcome(3, [5, 7], 'Hello', 'stop', LOGPROBS, [-1.0, float('-inf')], [0.5, -0.25])
+OUTCOME = Outcome(3, [5, 7], 'Hello', 'stop', LOGPROBS, [-1.0, float('-inf')], [0.5, -0.25], [0, 2])
 USAGE = {'prompt_tokens': 3, 'completion_tokens': 2, 'total_tokens': 5}
 
 
@@ -342,9 +342,9 @@ def test_completion_answers():
     choice = {'index': 0, 'text': 'Hello', 'logprobs': None, 'finish_reason': 'stop'}
     assert openai_answer(openai(COMPLETIONS), 'cmpl-') == head | {'choices': [choice]}
     logprobs = {'text_offset': [0, 2], 'tokens': ['He', 'llo'], 'token_logprobs': [-0.5, -1.5],
-                'top_logprobs': [{'He': -0.5, '\ufffd': -9999.0}, {'llo': -1.5, 'y': -0.25}]}
+                'top_logprobs': [{'He': -0.5, '\ufffd': -9999.0}, {'llo': -1.5, 'y': -0.25, 'token_id:9': -2.0}]}
     assert openai_answer(openai(COMPLETIONS, logprobs=2), 'cmpl-') == head | {'choices': [choice | {'logprobs': logprobs}]}
-    empty = result_record(parse(openai(COMPLETIONS, logprobs=2)), Outcome(3, [], '', 'length', []), 'tiny', 1)
+    empty = result_record(parse(openai(COMPLETIONS, logprobs=2)), Outcome(3, [], '', 'length', [], offsets=[]), 'tiny', 1)
     assert empty['response']['body']['choices'][0]['logprobs'] == {
         'text_offset': [], 'tokens': [], 'token_logprobs': [], 'top_logprobs': []}
 
@@ -388,7 +388,7 @@ def test_a_restart_finds_records():
 @example('\x85\u2028\u2029\x0b\x0c\x1c\r\n\0\ud800 é', plain())
 def test_every_record_is_one_line_of_utf8(text, data):
     logprobs = [{'token': 1, 'text': text, 'logprob': float('-inf'), 'top': [[1, text, float('-inf')]]}]
-    outcome = Outcome(1, [1], text, 'stop', logprobs, None, [float('nan')])
+    outcome = Outcome(1, [1], text, 'stop', logprobs, None, [float('nan')], [0])
     clean = re.sub('[\ud800-\udfff]', '\ufffd', text)
     for record in (result_record(parse(data, embedding=True), outcome, 'tiny', 1), error_record(1, text, 'openai', text)):
         written = encode_record(record).decode()

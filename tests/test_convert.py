@@ -389,10 +389,14 @@ def test_another_source_is_not_mixed_in(tmp_path, change, options, message):
 
 def test_two_conversions_to_one_file(tmp_path, whole):
     first = Conversion(tmp_path, seconds=0.1).until(3)
-    for options in ([], ['--resume']):
-        done = run(SOURCE, tmp_path / 'model.h5', *options)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'another process is writing' in done.stderr
-    assert first.process.poll() is None and first.end()[0] == 0 and first.out.read_bytes() == whole
+    first.process.send_signal(signal.SIGSTOP)  # however long the others take to start
+    try:
+        for options in ([], ['--resume']):
+            done = run(SOURCE, tmp_path / 'model.h5', *options)
+            assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'another process is writing' in done.stderr
+    finally:
+        first.process.send_signal(signal.SIGCONT)
+    assert first.end()[0] == 0 and first.out.read_bytes() == whole
 
 
 def test_every_byte_of_many_files_is_read_once(tmp_path, whole, monkeypatch):

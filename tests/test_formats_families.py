@@ -91,6 +91,54 @@ def test_other_names_of_the_same_tensors(tmp_path, name, change):
     same_as_reference(tmp_path / 'other', name, tmp_path)
 
 
+@pytest.mark.parametrize('name', ['llama', 'qwen3', 'gemma2', 'mixtral'])
+def test_names_without_the_prefix_of_the_body(tmp_path, name):
+    """As embedding models are saved, which have no head."""
+    (tmp_path / 'other').mkdir()
+    renamed(tmp_path / 'other', name, lambda tensors: {name.removeprefix('model.'): t for name, t in tensors.items()})
+    same_as_reference(tmp_path / 'other', name, tmp_path)
+
+
+@pytest.mark.parametrize('name, changes', [
+    ('llama', {'layer_types': ['full_attention'] * 2, 'use_sliding_window': False, 'max_window_layers': 28}),
+    ('llama', {'original_max_position_embeddings': 4096}),
+    ('mixtral', {'layer_types': ['full_attention'] * 2}), ('qwen3_moe', {'layer_types': ['full_attention'] * 2}),
+    ('gpt_neox', {'head_dim': 'that of the heads'}), ('cohere', {'head_dim': 'that of the heads'}),
+])
+def test_keys_that_say_what_holds_anyway(tmp_path, name, changes):
+    (tmp_path / 'other').mkdir()
+    write_folder(tmp_path / 'other', load_reference(name))
+    config = json.loads((tmp_path / 'other' / 'config.json').read_text())
+    if isinstance(changes.get('head_dim'), str):
+        changes = {'head_dim': config['hidden_size'] // config['num_attention_heads']}
+    edit(tmp_path / 'other' / 'config.json', **changes)
+    same_as_reference(tmp_path / 'other', name, tmp_path)
+    news = {'layer_types': ['sliding_attention'] * 2, 'head_dim': 2, 'original_max_position_embeddings': 4096}
+    key = next(key for key in changes if key in news)
+    edit(tmp_path / 'other' / 'config.json', **{key: news[key], 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}})
+    with pytest.raises(FormatError, match=f'{key}|rope_scaling'):
+        open_checkpoint(tmp_path / 'other')
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('name', ['ministral3', 'mistral'])
+def test_the_language_model_of_mistral_3_with_pictures(tmp_path, name, tied):
+    folder = tmp_path / 'other'
+    folder.mkdir()
+    renamed(folder, name, lambda tensors: {f'language_model.{name}': t for name, t in tensors.items() if not (
+        tied and name.startswith('lm_head'))} | {'vision_tower.patch_conv.weight': np.ones(3, np.float32)})
+    text = json.loads((folder / 'config.json').read_text()) | {'model_type': name}
+    (folder / 'config.json').write_text(json.dumps({
+        'architectures': ['Mistral3ForConditionalGeneration'], 'model_type': 'mistral3', 'text_config': text, 'vision_config': {},
+        'spatial_merge_size': 2, 'eos_token_id': 256, 'tie_word_embeddings': tied}))
+    if not tied:
+        same_as_reference(folder, name, tmp_path)
+    assert open_checkpoint(folder).config.tie_embeddings == tied
+    edit(folder / 'config.json', text_config=text | {'model_type': 'pixtral'})
+    with pytest.raises(FormatError, match="model_type is 'pixtral'; supported is mistral or ministral3"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize('prefix', ['language_model.model.', 'model.language_model.'])
 def test_the_language_model_of_gemma_3_with_pictures(tmp_path, prefix):
     folder = tmp_path / 'other'
@@ -103,6 +151,8 @@ def test_the_language_model_of_gemma_3_with_pictures(tmp_path, prefix):
         'mm_tokens_per_image': 256, 'eos_token_id': [256, 7]}))
     same_as_reference(folder, 'gemma3', tmp_path)
     assert open_checkpoint(folder).eos_token_ids == (256, 7)
+    edit(folder / 'config.json', eos_token_id=REMOVE, text_config=text | {'eos_token_id': [256, 8]})
+    assert open_checkpoint(folder).eos_token_ids == (256, 8)
     edit(folder / 'config.json', text_config=text | {'sliding_window': 'a'})
     with pytest.raises(FormatError, match="sliding_window is 'a'"):
         open_checkpoint(folder)

@@ -272,7 +272,8 @@ def test_what_no_check_foresaw_names_the_file(folder, monkeypatch, error):
                                   'chat_template.jinja', 'model.safetensors', 'model.safetensors.index.json'])
 @pytest.mark.parametrize('linked', [False, True])
 def test_a_pipe_is_refused_at_once(folder, file, linked):
-    (folder / file).unlink(missing_ok=True)
+    for name in (file, 'model.safetensors') if file.endswith('index.json') else (file,):  # that goes before an index
+        (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / ('pipe' if linked else file))
     if linked:
         (folder / file).symlink_to('pipe')
@@ -349,6 +350,87 @@ def test_one_setting_leaves_the_other_token_as_it_is(tmp_path):
     edit(folder / 'tokenizer_config.json', add_eos_token=True)
     tokenizer, checkpoint = tokenizer_of(folder)
     assert tokenizer.encode('The') == [*plain, checkpoint.eos_token_ids[0]]
+
+
+def test_what_else_encloses_a_text_stays(tmp_path):
+    """Qwen3's embedding models end a text with a token that is not eos, and say add_bos_token: false."""
+    folder = shutil.copytree(REFERENCES / 'tiny_llama_tied', tmp_path / 'model')
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    known = {entry['content']: entry['id'] for entry in tokenizer['added_tokens']}
+    other, eos = list(known)[1:3]
+    plain = tokenizer_of(folder)[0].encode('The', add_special_tokens=False)
+    first, second = ({'Sequence': {'id': name, 'type_id': i}} for i, name in enumerate('AB'))
+    edit(folder / 'tokenizer.json', post_processor={
+        'type': 'TemplateProcessing', 'single': [first, {'SpecialToken': {'id': other, 'type_id': 0}}], 'pair': [first, second],
+        'special_tokens': {other: {'id': other, 'ids': [known[other]], 'tokens': [other]}}})
+    bos = list(known)[0]
+    for settings, expected in (
+            ({}, [*plain, known[other]]), ({'add_bos_token': False, 'bos_token': None}, [*plain, known[other]]),
+            ({'add_bos_token': False, 'bos_token': bos}, [*plain, known[other]]),
+            ({'add_bos_token': True}, [known[bos], *plain, known[other]]),
+            ({'add_eos_token': True, 'eos_token': eos}, [known[bos], *plain, known[other], known[eos]]),
+            ({'add_bos_token': False, 'eos_token': other, 'add_eos_token': False}, plain)):
+        edit(folder / 'tokenizer_config.json', **settings)
+        assert tokenizer_of(folder)[0].encode('The') == expected, settings
+
+
+def test_special_tokens_map_of_older_folders(folder):
+    (folder / 'special_tokens_map.json').write_text(json.dumps({'bos_token': {'content': 'a'}, 'eos_token': 'e'}))
+    vocab = json.loads((folder / 'tokenizer.json').read_text())['model']['vocab']
+    tokenizer, checkpoint = tokenizer_of(folder)
+    assert (checkpoint.bos_token_id, checkpoint.eos_token_ids[0]) == (vocab['a'], vocab['e'])
+    assert tokenizer.decode(tokenizer.encode('xex')) == 'xx'
+    edit(folder / 'tokenizer_config.json', added_tokens_decoder={})
+    assert tokenizer_of(folder)[1].bos_token_id == 0  # tokenizer_config.json tells all
+
+
+@pytest.mark.parametrize(('flags', 'text'), [
+    ({}, 'a <x>  b'), ({'rstrip': True}, 'a <x>b'), ({'lstrip': True}, 'a<x>  b'), ({'single_word': True}, 'a <x>  b')])
+def test_how_an_added_token_is_found_is_as_the_settings_say(folder, flags, text):
+    add(folder, '<x>')
+    edit(folder / 'tokenizer_config.json', added_tokens_decoder={'299': {'content': '<x>', 'special': False} | flags})
+    tokenizer = tokenizer_of(folder)[0]
+    assert tokenizer.decode(tokenizer.encode('a <x>  b')) == text
+    assert 299 in tokenizer.encode('a<x>b') or flags == {'single_word': True}
+
+
+def test_an_added_token_that_only_the_settings_have(folder):
+    drop_last(folder)
+    edit(folder / 'tokenizer_config.json', added_tokens_decoder={'299': {'content': '<new>', 'special': True}})
+    tokenizer = tokenizer_of(folder)[0]
+    assert 299 in tokenizer.encode('a<new>b') and tokenizer.decode(tokenizer.encode('a<new>b')) == 'ab'
+
+
+@pytest.mark.parametrize(('settings', 'expected'), [
+    ({}, '[][<|endoftext|>][]'),
+    ({'pad_token': '<|im_start|>', 'unk_token': {'content': 'e"'}}, '[<|im_start|>][<|endoftext|>][e"]'),
+    ({'bos_token': None}, '[][][]'), ({'extra_special_tokens': {'image_token': '<|im_end|>'}}, '[][<|endoftext|>][]<|im_end|>')])
+def test_special_tokens_that_a_template_names(folder, settings, expected):
+    (folder / 'chat_template.jinja').write_text(
+        '  {%- for m in messages %}[{{ pad_token }}][{{ bos_token }}][{{ unk_token }}]{{ image_token }}{% endfor %}')
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    tokenizer['model']['vocab'] = {('e"' if id == 299 else token): id for token, id in tokenizer['model']['vocab'].items()}
+    tokenizer['model']['merges'] = tokenizer['model']['merges'][:-1]
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer))
+    edit(folder / 'tokenizer_config.json', **settings)
+    read = tokenizer_of(folder)[0]
+    ids = read.apply_chat_template([{'role': 'user', 'content': 'x'}])
+    assert read._backend.decode(ids, skip_special_tokens=False) == expected
+
+
+def add(folder: Path, content: str) -> None:
+    """An added token in place of the vocabulary's last one."""
+    drop_last(folder)
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    tokenizer['added_tokens'].append({'id': 299, 'content': content, 'special': False} | ADDED)
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer))
+
+
+def drop_last(folder: Path) -> None:
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    tokenizer['model']['vocab'] = {token: id for token, id in tokenizer['model']['vocab'].items() if id != 299}
+    tokenizer['model']['merges'] = tokenizer['model']['merges'][:-1]  # the one that makes token 299
+    (folder / 'tokenizer.json').write_text(json.dumps(tokenizer))
 
 
 def test_ends_of_a_text(folder):

@@ -34,6 +34,8 @@ def world(tmp_path_factory):
         (whole / stranger).parent.mkdir(exist_ok=True)
         (whole / stranger).write_bytes(b'never read')
     sharded(folder / 'org' / 'sharded')
+    sharded(folder / 'org' / 'both')
+    shutil.copy(SOURCE / 'model.safetensors', folder / 'org' / 'both')
     shutil.copytree(SOURCE, folder / 'org' / 'pickled')
     (folder / 'org' / 'pickled' / 'model.safetensors').rename(folder / 'org' / 'pickled' / 'pytorch_model.bin')
     (folder / 'org' / 'quants' / 'deep').mkdir(parents=True)
@@ -56,7 +58,8 @@ def sharded(folder):
     weight_map = {name: f'model-0000{1 + i % 2}-of-00002.safetensors' for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
-    (folder / 'model.safetensors').write_bytes(b'never read')
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model-00003-of-00003.safetensors').write_bytes(b'never read')
     (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
 
 
@@ -113,6 +116,18 @@ def test_only_files_of_the_index_are_fetched(world, tmp_path):
     next((tmp_path / 'home').rglob('model-00002-of-00002.safetensors')).unlink()
     code, lines = run(tmp_path, address, 'org/sharded', 'b.h5', HF_HUB_OFFLINE='1')
     assert code == 1 and len(lines) == 1 and 'not, or not wholly, in the cache' in lines[0], lines
+
+
+def test_one_file_of_all_weights_goes_before_an_index(world, tmp_path):
+    address, seen = world
+    seen.clear()
+    code, lines = run(tmp_path, address, 'org/both', 'a.h5')
+    assert code == 0, lines
+    assert fetched(seen, 'org/both') == TEXTS | {'model.safetensors', 'model.safetensors.index.json'}
+    assert run(tmp_path, address, 'org/whole', 'b.h5')[0] == 0
+    (both, _), (whole, _) = arrays(tmp_path / 'a.h5'), arrays(tmp_path / 'b.h5')
+    assert both == whole
+    assert run(tmp_path, address, 'org/both', 'c.h5', HF_HUB_OFFLINE='1')[0] == 0
 
 
 @pytest.mark.parametrize(('arguments', 'file'), [

@@ -110,8 +110,11 @@ def test_pieces_appear_while_the_run_goes_on(models):
 
 
 def test_a_prompt_from_a_file(reciter, tmp_path):
-    (tmp_path / 'prompt.txt').write_bytes(b'x')
-    assert run(2, '--model', reciter, '--prompt-file', tmp_path / 'prompt.txt').stdout == RECITED[1:] + '\n'
+    for text in (b'x', b'\xef\xbb\xbfx'):  # as some editors write it
+        (tmp_path / 'prompt.txt').write_bytes(text)
+        assert run(2, '--model', reciter, '--prompt-file', tmp_path / 'prompt.txt').stdout == RECITED[1:] + '\n'
+    (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbf')
+    assert 'the prompt is empty' in run(1, '--model', reciter, '--prompt-file', tmp_path / 'prompt.txt').stderr
 
 
 def test_a_prompt_from_standard_input(reciter):

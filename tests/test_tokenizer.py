@@ -52,6 +52,15 @@ def stream(tokenizer: Tokenizer, ids) -> list[str]:
     return [*map(decoder.push, ids), decoder.flush()]
 
 
+def test_the_text_of_one_token_has_the_space_that_it_begins_with():
+    for tokenizer in PIECES:
+        ids = [tokenizer._backend.token_to_id(token) for token in ('▁the', '▁cat', 's', '▁', 'é', '<0xC3>', '</s>')]
+        assert [tokenizer.piece(id) for id in ids] == [' the', ' cat', 's', ' ', 'é', '\ufffd', '']
+        assert tokenizer.decode(ids[:3]) == 'the cats'
+    for id in range(3, 300):
+        assert TINY.piece(id) == TINY.decode([id])
+
+
 # ---- encode and decode
 
 @pytest.mark.parametrize('name', NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def test_long_conversations_are_no_bombs():
     ([], 'expected a list of at least one message'), (['hi'], 'expected a list of at least one message'),
     ([{'role': 'user', 'content': object()}], 'a message holds a object; expected text'),
     ([{'role': 'user', 'content': '\ud800'}], 'not valid Unicode'),
+    ([{'role': 'user', 'content': functools.reduce(lambda inner, _: [inner], range(5000), 'x')}], 'hundreds deep'),
 ])
 def test_messages_that_are_none(messages, message):
     with pytest.raises(TokenizerError, match=message):

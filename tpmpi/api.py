@@ -87,7 +87,9 @@ class LLM:
         from tpmpi.sampling import SamplingParams
         if params.get('max_new_tokens') is None:
             params['max_new_tokens'] = min(DEFAULT_NEW_TOKENS, self.engine.room(tokens))
-        noise = 0 if params.get('seed') is not None else self.requests  # one seed gives one text, none another one each time
+        if params.get('seed') is None:
+            params.pop('seed', None)
+        noise = 0 if 'seed' in params else self.requests  # one seed gives one text, none another one each time
         request = self.engine.request(tokens, SamplingParams(**params), noise)
         self.requests += 1
         return request

@@ -117,11 +117,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def defaults_of(options: argparse.Namespace):
-    """What holds for lines that do not say.  Raises ConfigError for a value out of range."""
+    """What holds for lines that do not say.  Raises ValueError for a value out of range, or a text that is not UTF-8."""
     from tpmpi.batch_format import Defaults
     from tpmpi.sampling import SamplingParams
     names = ('temperature', 'top_k', 'top_p', 'min_p', 'seed', 'ignore_eos', 'logprobs', 'prompt_logprobs')
-    values = {name: getattr(options, name) for name in names} | {'stop': tuple(options.stop)}
+    values = {name: getattr(options, name) for name in names}
+    values['stop'] = tuple(session.decoded(os.fsencode(text), '--stop') for text in options.stop)
     SamplingParams(**values, max_new_tokens=options.max_new_tokens or 0)
     return Defaults(**values, max_new_tokens=options.max_new_tokens, embedding=options.embeddings)
 

@@ -19,7 +19,6 @@ import math
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate
 
 MAX_LINE = 64 << 20  # bytes
 MAX_DIGITS = 640  # characters of a number: Python may be set to read and write no more
@@ -99,6 +98,7 @@ class Outcome:
     logprobs: list[dict] | None = None  # per token {'token': id, 'text': str, 'logprob': float, 'top': [[id, text, logprob]]}
     prompt_logprobs: list[float] | None = None  # of the prompt's tokens from the second on
     embedding: list[float] | None = None  # [hidden]
+    offsets: list[int] | None = None  # where the text of each token begins
 
 
 # ---- reading
@@ -345,7 +345,9 @@ def result_record(request: BatchRequest, outcome: Outcome, model: str, created: 
     else:
         chat = request.url == CHAT
         answer = {'message': {'role': 'assistant', 'content': text}} if chat else {'text': text}
-        shown = None if logprobs is None else (_chat_logprobs if chat else _completion_logprobs)(logprobs)
+        shown = None
+        if logprobs is not None:
+            shown = _chat_logprobs(logprobs) if chat else _completion_logprobs(logprobs, outcome.offsets)
         body['choices'] = [{'index': 0, **answer, 'logprobs': shown, 'finish_reason': outcome.finish_reason, **extras}]
     return _envelope(name, request.id, 200, body | {'usage': usage}, None)
 
@@ -398,8 +400,13 @@ def _chat_logprobs(logprobs: list[dict]) -> dict:
                         for token in logprobs]}
 
 
-def _completion_logprobs(logprobs: list[dict]) -> dict:
+def _completion_logprobs(logprobs: list[dict], offsets: list[int]) -> dict:
+    top = []
+    for token in logprobs:
+        best, tokens = {}, {id: (text, x) for id, text, x in token['top']} | {token['token']: (token['text'], token['logprob'])}
+        for id, (text, x) in tokens.items():
+            best[text if text not in best else f'token_id:{id}'] = x  # parts of characters have one text
+        top.append(best)
     texts = [token['text'] for token in logprobs]
-    top = [{text: x for _, text, x in reversed(token['top'])} | {token['text']: token['logprob']} for token in logprobs]
-    return {'text_offset': list(accumulate(map(len, texts[:-1]), initial=0))[:len(texts)],
+    return {'text_offset': offsets,
             'token_logprobs': [token['logprob'] for token in logprobs], 'tokens': texts, 'top_logprobs': top}

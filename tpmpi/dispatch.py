@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from tpmpi.batch_format import (
     BatchRequest,
@@ -25,6 +26,7 @@ from tpmpi.batch_format import (
 )
 from tpmpi.config import ConfigError
 from tpmpi.engine import Engine, Request
+from tpmpi.tokenizer import StreamDecoder
 
 DEFAULT_NEW_TOKENS, COMPLETION_TOKENS = 128, 16  # of a line that does not say; the latter is OpenAI's for completions
 REPORT_SECONDS = 0.3  # between two reports with nothing but tokens for the journal
@@ -278,15 +280,22 @@ class Replica:
         self.unsent.finished.append((line, encode_record(record).decode().rstrip('\n'), True))
 
     def _outcome(self, asked: BatchRequest, request: Request) -> Outcome:
-        decode, logprobs, embedding = self.engine.tokenizer.decode, None, None
+        tokenizer, logprobs, offsets, embedding = self.engine.tokenizer, None, None, None
         if asked.logprobs:
-            logprobs = [{'token': c.token, 'text': decode([c.token]), 'logprob': c.logprob,
-                         'top': [[token, decode([token]), logprob] for token, logprob in c.top]} for c in request.choices]
+            logprobs = [{'token': c.token, 'text': tokenizer.piece(c.token), 'logprob': c.logprob,
+                         'top': [[token, tokenizer.piece(token), logprob] for token, logprob in c.top]} for c in request.choices]
+            offsets = offsets_of(tokenizer, [c.token for c in request.choices])
         if asked.embedding:
             embedding = [float(x) for x in request.embedding]
         scores = request.prompt_logprobs if request.params.prompt_logprobs else None
         return Outcome(len(request.prompt_tokens), request.tokens, request.text, request.finish_reason, logprobs, scores,
-                       embedding)
+                       embedding, offsets)
+
+
+def offsets_of(tokenizer, tokens: list[int]) -> list[int]:
+    """Where what each token adds to a text begins in it, in characters."""
+    decoder = StreamDecoder(tokenizer)
+    return list(accumulate((len(decoder.push(token)) for token in tokens[:-1]), initial=0))[:len(tokens)]
 
 
 # ---- the loops

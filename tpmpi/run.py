@@ -6,6 +6,7 @@ Text goes to standard output as it is made; everything else goes to standard err
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import logging
 import os
@@ -91,18 +92,11 @@ def read_prompt(options: argparse.Namespace, comm: Communicator) -> str:
             data = sys.stdin.buffer.read() if options.prompt_file == '-' else Path(options.prompt_file).read_bytes()
         except OSError as e:
             raise ValueError(f'{name}: {e.strerror}') from e
-    prompt = decoded(data, name)
+        data = data.removeprefix(codecs.BOM_UTF8)  # of some editors, which is no part of the text
+    prompt = session.decoded(data, name)
     if not prompt:
         raise ValueError(f'{name}: the prompt is empty; expected some text')
     return prompt
-
-
-def decoded(data: bytes, name: str) -> str:
-    """The text of an option, or of the file that it names.  Raises ValueError when it is not UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{name}: not UTF-8 at byte {e.start}; convert the text to UTF-8') from e
 
 
 def timing_of(request, llm: api.LLM) -> dict:
@@ -155,8 +149,8 @@ def body(s: session.Session, options: argparse.Namespace) -> int:
         sampling['max_new_tokens'] = options.max_new_tokens
     output = session.Output()
     s.agreed(output.check)  # this and a bad value are told before a large model is read
-    system = s.agreed(decoded, os.fsencode(options.system or ''), '--system')
-    sampling['stop'] = s.agreed(lambda: tuple(decoded(os.fsencode(text), '--stop') for text in options.stop))
+    system = s.agreed(session.decoded, os.fsencode(options.system or ''), '--system')
+    sampling['stop'] = s.agreed(lambda: tuple(session.decoded(os.fsencode(text), '--stop') for text in options.stop))
     s.agreed(SamplingParams, **sampling)
     prompt = s.comm.share(s.agreed(read_prompt, options, s.comm))
     llm = api.load(options.model, context=options.context, sinks=options.sinks, device=options.device, kv=options.kv,

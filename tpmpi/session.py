@@ -245,3 +245,11 @@ def _silence():
     stack.enter_context(contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())))  # with the buffer that Output writes to
     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text of an option, or of the file that it names.  Raises ValueError when it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{name}: not UTF-8 at byte {e.start}; convert the text to UTF-8') from e

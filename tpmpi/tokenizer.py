@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import re
+import string
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -42,6 +43,7 @@ class Tokenizer:
         self._added = self._backend.get_added_tokens_decoder()
         self.now: datetime | None = None  # what a chat template takes for the present; None: the clock's time
         self._template = None  # compiled when it is first used
+        self._pieces: dict[int, str] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -59,6 +61,22 @@ class Tokenizer:
         """Text of ids, without special tokens.  Bytes that are no character become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def piece(self, id: int) -> str:
+        """The text of one token behind another: decode may take the space that it begins with for that of a whole text.
+
+        Of a special token it is empty, and U+FFFD stands for a part of a character.
+        """
+        if id not in self._pieces:
+            before = [] if self._letter is None else [self._letter]
+            self._pieces[id] = self.decode([*before, id])[len(before):]
+        return self._pieces[id]
+
+    @functools.cached_property
+    def _letter(self) -> int | None:
+        """A token that is one letter."""
+        ids = map(self._backend.token_to_id, string.ascii_letters)
+        return next((id for id in ids if id is not None and self.decode([id]) in set(string.ascii_letters)), None)
+
     def apply_chat_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation: [{'role': 'user', 'content': ...}, ...], and the head of the answer to come.
 
@@ -68,8 +86,11 @@ class Tokenizer:
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise TokenizerError("expected a list of at least one message such as {'role': 'user', 'content': 'Hello'}")
-        messages = [{key: plain(value) for key, value in message.items() if value is not None} for message in messages]
-        marked = [{key: self._controls.mark(value) for key, value in message.items()} for message in messages]
+        try:
+            messages = [{key: plain(value) for key, value in message.items() if value is not None} for message in messages]
+            marked = [{key: self._controls.mark(value) for key, value in message.items()} for message in messages]
+        except RecursionError:
+            raise TokenizerError('a message holds lists or objects hundreds deep; expected text, or a few levels') from None
         variables = {
             'messages': marked, 'tools': None, 'documents': None, 'add_generation_prompt': add_generation_prompt}
         for name, id in (('bos_token', self.bos_token_id), ('eos_token', next(iter(self.eos_token_ids), None))):

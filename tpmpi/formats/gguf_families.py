@@ -48,7 +48,7 @@ KEYS = {
     'context_length': REQUIRED, 'attention.head_count': REQUIRED, 'attention.head_count_kv': None,
     'attention.key_length': None, 'attention.value_length': None} | ROPE_KEYS
 FIXED = {
-    'attention.causal': (True,), 'pooling_type': (0,), 'nextn_predict_layers': (0,), 'leading_dense_block_count': (0,),
+    'attention.causal': (True,), 'pooling_type': (0, 3), 'nextn_predict_layers': (0,), 'leading_dense_block_count': (0,),
     'attention.max_alibi_bias': (0.0,), 'attention.clamp_kqv': (0.0,), 'attention.temperature_scale': (0.0,),
     'tensor_data_layout': ('Meta AI original pth',)} | ROPE_FIXED
 NO_EXPERTS = {'expert_count': (0,), 'expert_used_count': (0,)}

@@ -6,6 +6,7 @@ huggingface_hub itself obeys HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HU
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -110,6 +111,8 @@ def fetch_folder(hub, repository: str, revision: str | None) -> Fetched:
 
         choose_family(parse_json(read_text(folder / 'config.json'), folder / 'config.json'))
     names = weight_files(folder)
+    if names != [WHOLE] and lists_whole_file(hub, repository, commit):
+        names = [WHOLE]  # which goes before an index, as in a folder
     if names and not all((folder / name).is_file() for name in names):
         snapshot(commit, names)
     missing = next((name for name in ('config.json', *names) if not (folder / name).is_file()), None)
@@ -119,12 +122,21 @@ def fetch_folder(hub, repository: str, revision: str | None) -> Fetched:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files of the index, or the one that needs none.  None of an index that names anything else: its reader refuses it."""
-    if not (folder / INDEX).is_file():
+    """The one that needs no index, or those of the index.  None of an index that names anything else: its reader refuses it."""
+    if (folder / WHOLE).is_file() or not (folder / INDEX).is_file():
         return [WHOLE]
     weight_map = read_json(folder / INDEX).get('weight_map')
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     return names if all(re.fullmatch(r'[\w.-]+\.safetensors', name) for name in names) else []
+
+
+def lists_whole_file(hub, repository: str, commit: str) -> bool:
+    """Whether the repository has one file of all weights; False where that cannot be found out."""
+    if hub.constants.HF_HUB_OFFLINE:
+        return False
+    with contextlib.suppress(FormatError):
+        return WHOLE in guarded(hub, repository, commit, lambda: hub.HfApi().list_repo_files(repository, revision=commit))
+    return False
 
 
 def why_missing(hub, repository: str, commit: str, name: str) -> str:

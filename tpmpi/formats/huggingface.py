@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from tpmpi.config import ModelConfig
 from tpmpi.formats.families import Family, match_tensors, read_facts, short
-from tpmpi.formats.huggingface_config import NEUTRAL_KEYS
+from tpmpi.formats.huggingface_config import NEUTRAL_KEYS, telling
 from tpmpi.formats.huggingface_families import HUGGING_FACE, find_family
 from tpmpi.formats.safetensors_file import DTYPES, open_safetensors
 from tpmpi.formats.source import (
@@ -24,9 +25,10 @@ from tpmpi.formats.source import (
     sha256,
     understood,
 )
-from tpmpi.formats.tokenizer_json import add_special, bos_eos_processor, dump, vocabulary
+from tpmpi.formats.tokenizer_json import add_special, added_token, bos_eos_processor, dump, vocabulary
 
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+HOW_FOUND = ('single_word', 'lstrip', 'rstrip', 'normalized')  # an added token in a text
 NAMED_TOKENS = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 
 
@@ -36,7 +38,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     values = parse_json(text, folder / 'config.json')
     with understood(folder / 'config.json'):
         family, architecture = choose_family(values)
-        config = family.config(read_facts(values, family, NEUTRAL_KEYS.__contains__, 'config.json'))
+        config = family.config(read_facts(telling(values, family), family, NEUTRAL_KEYS.__contains__, 'config.json'))
     files, found = open_weights(folder)
     tensors = assign(config, family, found, str(folder))
     tokenizer_json, chat_template, bos, eos = open_tokenizer(folder, config, family, values)
@@ -59,8 +61,11 @@ def choose_family(values: Mapping) -> tuple[Family, str]:
 # ---- weights
 
 def open_weights(folder: Path) -> tuple[list[str], dict[str, TensorSource]]:
-    """File names, and every tensor of the folder by its name there."""
-    if (folder / INDEX).exists():
+    """File names, and every tensor of the folder by its name there.  As in transformers, an index beside a whole file is not
+    read: it is left from an earlier save."""
+    if (folder / WHOLE).exists():
+        weight_map, files = None, [WHOLE]
+    elif (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get('weight_map')
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f'{folder / INDEX}: weight_map is missing; expected tensor names with their files')
@@ -68,8 +73,6 @@ def open_weights(folder: Path) -> tuple[list[str], dict[str, TensorSource]]:
         for name in files:
             if not re.fullmatch(r'[\w.-]+\.safetensors', name):  # never out of the folder
                 raise FormatError(f'{folder / INDEX} names the file {name!r}; expected *.safetensors in that folder')
-    elif (folder / WHOLE).exists():
-        weight_map, files = None, [WHOLE]
     else:
         pickled = sorted(path.name for path in folder.glob('*') if path.suffix in ('.bin', '.pt', '.pth', '.pkl'))
         raise FormatError(
@@ -95,7 +98,7 @@ def assign(config: ModelConfig, family: Family, found: dict[str, TensorSource], 
     transformers makes of two different ones has changed between its versions (4 ties them, 5 does not).
     """
     embedding, head = family.tensors['embedding'], family.tensors['head']
-    found = family.tidy(found)
+    found = family.tidy(with_prefix(found, embedding, head))
     if config.tie_embeddings and head in found:
         found = dict(found)
         tied = found.pop(head)
@@ -110,6 +113,15 @@ def assign(config: ModelConfig, family: Family, found: dict[str, TensorSource], 
         if tensor.dtype not in supported:
             raise FormatError(f'{tensor.origin} is {tensor.dtype}; supported are {", ".join(supported)}')
     return tensors
+
+
+def with_prefix(found: dict[str, TensorSource], embedding: str, head: str) -> dict[str, TensorSource]:
+    """The tensors of a file that was saved without the head, as GPT-2's own and embedding models are: their names begin
+    with what 'model.' or 'transformer.' holds."""
+    prefix = embedding.partition('.')[0] + '.'
+    if embedding.removeprefix(prefix) not in found or any(name.startswith(prefix) for name in found):
+        return found
+    return {name if name in (head, 'lm_head.weight') else prefix + name: source for name, source in found.items()}
 
 
 def same_bits(a: TensorSource, b: TensorSource) -> bool:
@@ -129,42 +141,43 @@ def open_tokenizer(folder: Path, config: ModelConfig, family: Family, values: Ma
     """
     if not (folder / 'tokenizer.json').exists():
         raise FormatError(f'{folder} has no tokenizer.json; save it with a fast tokenizer (save_pretrained does)')
-    tokenizer = parse_json(read_text(folder / 'tokenizer.json'), folder / 'tokenizer.json')
-    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').exists() else {}
+    tokenizer, settings = parse_json(read_text(folder / 'tokenizer.json'), folder / 'tokenizer.json'), open_settings(folder)
     template = open_chat_template(folder, settings)
     known = usable_tokens(tokenizer, settings, template, config.vocab_size)
     if max(known.values(), default=0) >= config.vocab_size:
         raise FormatError(f'{folder / "tokenizer.json"} has token ids up to {max(known.values())}; '
                           f'config.json allows vocab_size {config.vocab_size}')
+    known = take_added_tokens(tokenizer, known, settings, config.vocab_size)
     for token in special_tokens(settings):
         make_special(tokenizer, known, token)
-    for id, entry in (settings.get('added_tokens_decoder') or {}).items():
-        content = entry.get('content') if isinstance(entry, dict) else entry
-        if not isinstance(content, str):
-            raise FormatError(f'tokenizer_config.json: added_tokens_decoder has {short(content)} as token {short(id)}; '
-                              'expected its text')
-        if content not in known and without_row(id, config.vocab_size):
-            continue
-        if str(known.get(content)) != id:
-            raise FormatError(f'tokenizer_config.json gives token {short(content)} the id {id}; '
-                              f'tokenizer.json gives it {known.get(content)}')
     bos, eos = (named_id(known, settings, key) for key in ('bos_token', 'eos_token'))
-    if isinstance(settings.get('add_bos_token'), bool) or isinstance(settings.get('add_eos_token'), bool):
-        before, after = (named_token(settings, key) if asked_for(settings, key, tokenizer) else None
-                         for key in ('bos_token', 'eos_token'))
-        tokenizer['post_processor'] = bos_eos_processor(before, bos, after, eos)
+    enclose(tokenizer, settings, {'bos_token': bos, 'eos_token': eos})
     generation = read_json(folder / 'generation_config.json') if (folder / 'generation_config.json').exists() else {}
     ends = generation.get('eos_token_id')
     where = 'generation_config.json' if ends is not None else 'config.json'
     if ends is None:
-        ends = values['eos_token_id'] if 'eos_token_id' in values else default_id(family.eos, config)
+        ends = id_of(values, 'eos_token_id', default_id(family.eos, config))
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     ends = [checked_token_id(id, config.vocab_size, f'{where}: eos_token_id') for id in ends]
     ids = dict.fromkeys(id for id in [eos, *ends] if id is not None)
     if 'bos_token' not in settings:
-        bos = values['bos_token_id'] if 'bos_token_id' in values else default_id(family.bos, config)
-        bos = checked_token_id(bos, config.vocab_size, 'config.json: bos_token_id')
-    return dump(tokenizer), template, bos, tuple(ids)
+        bos = checked_token_id(id_of(values, 'bos_token_id', default_id(family.bos, config)), config.vocab_size,
+                               'config.json: bos_token_id')
+    return dump(tokenizer), with_named_tokens(template, settings), bos, tuple(ids)
+
+
+def open_settings(folder: Path) -> dict:
+    """What tokenizer_config.json says.  Where it does not yet list the added tokens, special_tokens_map.json goes before it,
+    as in transformers."""
+    settings, names = (read_json(folder / name) if (folder / name).exists() else {}
+                       for name in ('tokenizer_config.json', 'special_tokens_map.json'))
+    return settings if 'added_tokens_decoder' in settings else settings | names
+
+
+def id_of(values: Mapping, key: str, default: int | None):
+    """What config.json says, or its part for the language model."""
+    text = values.get('text_config')
+    return next((part[key] for part in (values, text) if isinstance(part, dict) and key in part), default)
 
 
 def default_id(id: int | None, config: ModelConfig) -> int | None:
@@ -211,8 +224,6 @@ def special_tokens(settings: Mapping) -> list[str]:
     several = [*(extra.values() if isinstance(extra, dict) else as_list(extra)),
                *as_list(settings.get('additional_special_tokens'))]
     decoder = settings.get('added_tokens_decoder') or {}
-    if not isinstance(decoder, dict):
-        raise FormatError(f'tokenizer_config.json: added_tokens_decoder is {short(decoder)}; expected an object')
     several += [entry for entry in decoder.values() if isinstance(entry, dict) and entry.get('special') is True]
     several = [token.get('content') if isinstance(token, dict) else token for token in several]
     return [token for token in [*named, *several] if isinstance(token, str)]
@@ -220,6 +231,36 @@ def special_tokens(settings: Mapping) -> list[str]:
 
 def as_list(value) -> list:
     return value if isinstance(value, list) else []
+
+
+def take_added_tokens(tokenizer: dict, known: dict[str, int], settings: Mapping, vocab_size: int) -> dict[str, int]:
+    """Every token with its id, after what `added_tokens_decoder` says of how tokens are found in a text, or adds to them.
+
+    Raises FormatError where it contradicts tokenizer.json.
+    """
+    added = {entry['content']: entry for entry in tokenizer.get('added_tokens') or ()}
+    decoder = settings.get('added_tokens_decoder') or {}
+    if not isinstance(decoder, dict):
+        raise FormatError(f'tokenizer_config.json: added_tokens_decoder is {short(decoder)}; expected an object')
+    for id, said in decoder.items():
+        content = said.get('content') if isinstance(said, dict) else said
+        if not isinstance(content, str):
+            raise FormatError(f'tokenizer_config.json: added_tokens_decoder has {short(content)} as token {short(id)}; '
+                              'expected its text')
+        if content not in known and without_row(id, vocab_size):
+            continue
+        if content not in known and id == str(max(known.values(), default=-1) + 1):
+            known[content] = int(id)
+        if str(known.get(content)) != id:
+            raise FormatError(f'tokenizer_config.json gives token {short(content)} the id {id}; '
+                              f'tokenizer.json gives it {known.get(content)}')
+        if isinstance(said, dict):
+            special = said.get('special') is True
+            entry = added.setdefault(content, added_token(int(id), content, special) | {'normalized': not special})
+            entry.update((flag, said[flag]) for flag in HOW_FOUND if isinstance(said.get(flag), bool))
+    if added:
+        tokenizer['added_tokens'] = sorted(added.values(), key=lambda entry: entry['id'])
+    return known
 
 
 def make_special(tokenizer: dict, known: Mapping[str, int], token: str) -> None:
@@ -230,17 +271,58 @@ def make_special(tokenizer: dict, known: Mapping[str, int], token: str) -> None:
     add_special(tokenizer, known, token)
 
 
-def asked_for(settings: Mapping, key: str, tokenizer: Mapping) -> bool:
-    """Whether a text gets this token: as the setting says, else as tokenizer.json does."""
-    setting = settings.get(f'add_{key}')
-    if isinstance(setting, bool):
-        return setting
+def enclose(tokenizer: dict, settings: Mapping, ids: Mapping[str, int | None]) -> None:
+    """Makes bos come before a text, and eos after it, or not, as add_bos_token and add_eos_token say where they are given.
+
+    Whatever else the post-processor puts around a text stays.  ids: by 'bos_token' and 'eos_token'.
+    """
     processor = tokenizer.get('post_processor')
     parts = [processor, *as_list(processor.get('processors'))] if isinstance(processor, dict) else []
-    items = [item for part in parts if isinstance(part, dict) for item in as_list(part.get('single'))]
-    found = [item['SpecialToken'].get('id') for item in items
-             if isinstance(item, dict) and isinstance(item.get('SpecialToken'), dict)]
-    return named_token(settings, key) in found
+    template = next((part for part in parts if isinstance(part, dict) and part.get('type') == 'TemplateProcessing'), None)
+    items = as_list(template.get('single')) if template else []
+    texts = [i for i, item in enumerate(items) if isinstance(item, dict) and 'Sequence' in item]
+    around = {'bos_token': items[:texts[0]], 'eos_token': items[texts[-1] + 1:]} if texts else {'bos_token': [], 'eos_token': []}
+    wanted, changed = {}, False
+    for key, there in around.items():
+        token, setting = named_token(settings, key), settings.get(f'add_{key}')
+        present = token is not None and any(token_of(item) == token for item in there)
+        wanted[key] = token if (setting if isinstance(setting, bool) else present) else None
+        changed |= token is not None and (wanted[key] is not None) != present
+        if template and wanted[key] is None and present:
+            around[key] = [item for item in there if token_of(item) != token]
+        elif template and wanted[key] is not None and not present:
+            item = [{'SpecialToken': {'id': token, 'type_id': 0}}]
+            around[key] = item + there if key == 'bos_token' else there + item
+            template['special_tokens'] = dict(template.get('special_tokens') or {}) | {
+                token: {'id': token, 'ids': [ids[key]], 'tokens': [token]}}
+    if changed and texts:
+        template['single'] = [*around['bos_token'], *items[texts[0]:texts[-1] + 1], *around['eos_token']]
+    elif changed:
+        tokenizer['post_processor'] = bos_eos_processor(wanted['bos_token'], ids['bos_token'], wanted['eos_token'],
+                                                        ids['eos_token'])
+
+
+def token_of(item) -> str | None:
+    """The token that an item of a post-processor's template stands for."""
+    special = item.get('SpecialToken') if isinstance(item, dict) else None
+    return special.get('id') if isinstance(special, dict) else None
+
+
+def with_named_tokens(template: str | None, settings: Mapping) -> str | None:
+    """The template, knowing those special tokens that it names and that a model file does not: all but bos and eos.
+
+    To one without bos or eos these are nothing, as in transformers, also where the configuration has an id for them.
+    """
+    if template is None:
+        return None
+    named = {key: named_token(settings, key) for key in NAMED_TOKENS}
+    extra = settings.get('extra_special_tokens')
+    named |= {key: named_token(extra, key) for key in extra if key.isidentifier()} if isinstance(extra, dict) else {}
+    kept = [key for key in ('bos_token', 'eos_token') if named[key] is not None]
+    used = {key: token or '' for key, token in named.items()
+            if key not in kept and re.search(rf'\b{re.escape(key)}\b', template)}
+    lines = [f'{{% set {key} = {json.dumps(token, ensure_ascii=False)} %}}\n' for key, token in used.items()]
+    return ''.join(lines) + template  # the line's end is no part of the text: trim_blocks
 
 
 def open_chat_template(folder: Path, settings: Mapping) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tpmpi.config import ModelConfig
-from tpmpi.formats.families import number, short, truth, whole
+from tpmpi.formats.families import Family, number, short, truth, whole
 from tpmpi.formats.huggingface_rope import FULL, SLIDING, WHERE, read_rope
 from tpmpi.formats.source import FormatError
 
@@ -38,6 +38,23 @@ ACTIVATIONS = {
     'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
     'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_python_tanh': 'gelu_tanh', 'gelu_accurate': 'gelu_tanh', 'relu': 'relu',
     'linear': 'identity'}
+
+
+def telling(values: Mapping, family: Family) -> dict:
+    """The keys of a config.json without those that say, of a family that does not read them, what holds in any case."""
+    kinds, heads, hidden = (values.get(key) for key in ('layer_types', 'num_attention_heads', 'hidden_size'))
+    unused = values.get('use_sliding_window') in (False, None)
+    windowless = 'sliding_window' not in family.facts or values.get('sliding_window', 0) is None or (
+        unused and 'use_sliding_window' in family.facts)
+    plain = all(not values.get(key) or isinstance(values[key], dict) and values[key].get('rope_type') == 'default'
+                for key in ('rope_scaling', 'rope_parameters'))
+    shared = hidden // heads if type(hidden) is int and type(heads) is int and heads and hidden % heads == 0 else None
+    silent = {
+        'layer_types': windowless and isinstance(kinds, list) and all(kind == FULL for kind in kinds),
+        'use_sliding_window': windowless and unused, 'max_window_layers': windowless and unused,
+        'head_dim': values.get('head_dim') in (None, shared), 'original_max_position_embeddings': plain}
+    unread = {key for key, holds in silent.items() if holds and key not in family.facts and key not in family.fixed}
+    return {key: value for key, value in values.items() if key not in unread}
 
 
 def standard(facts: Mapping, rope: Callable[[Mapping, int], dict] = read_rope, **more) -> ModelConfig:

@@ -24,6 +24,7 @@ from tpmpi.formats.huggingface_config import (
     optional,
     pattern_windows,
     standard,
+    telling,
     windows,
 )
 from tpmpi.formats.huggingface_rope import PHI3, SLIDING, WHERE, as_object, read_nested_rope, read_rope
@@ -37,6 +38,7 @@ LAYER_NORM = {key: value for key, value in LLAMA.items() if key not in ('rms_nor
 MULTIPLIERS = {'embedding_multiplier': 1.0, 'logits_scaling': 1.0, 'residual_multiplier': 1.0, 'attention_multiplier': 1.0}
 NO_BIAS = {'attention_bias': (False, None), 'mlp_bias': (False, None)}
 GELU_TANH = ('gelu_pytorch_tanh', 'gelu', 'gelu_new', None)  # what Gemma's files say, for the same function
+PICTURES = r'(model\.)?(vision_tower|multi_modal_projector)\..*'  # tensors that text does not meet
 INV_FREQ = r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)'
 
 
@@ -128,12 +130,18 @@ def capped_gemma(facts: dict, rope: Callable, **more) -> ModelConfig:
                  logit_softcap=optional(facts, 'final_logit_softcapping'), **more)
 
 
-def gemma3_with_pictures(facts: dict) -> ModelConfig:
-    """The language model in it."""
-    if not isinstance(facts['text_config'], dict):
+def in_text_config(facts: dict, architectures: Mapping[str | None, str]) -> ModelConfig:
+    """The language model in one that sees pictures.  architectures: by its model_type."""
+    text = facts['text_config']
+    if not isinstance(text, dict):
         raise FormatError(f'{WHERE}: text_config is no object')
-    family = HUGGING_FACE['Gemma3ForCausalLM']
-    return family.config(read_facts(facts['text_config'], family, NEUTRAL_KEYS.__contains__, f'{WHERE}: text_config'))
+    kind = text.get('model_type', next(iter(architectures)))
+    if kind not in architectures:
+        raise FormatError(f'{WHERE}: text_config: model_type is {short(kind)}; supported is {" or ".join(architectures)}')
+    if facts.get('tie_word_embeddings') is not None:  # goes before the one inside
+        text = text | {'tie_word_embeddings': facts['tie_word_embeddings']}
+    family = HUGGING_FACE[architectures[kind]]
+    return family.config(read_facts(telling(text, family), family, NEUTRAL_KEYS.__contains__, f'{WHERE}: text_config'))
 
 
 # ---- layer norms
@@ -159,7 +167,7 @@ def gpt2_family(by_layer: bool) -> Family:
     return entry(
         gpt2, tensors.GPT2_BY_LAYER if by_layer else tensors.GPT2, facts, {'scale_attn_by_inverse_layer_idx': (by_layer,)},
         ('reorder_and_upcast_attn', 'n_ctx', 'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels',
-         'summary_type', 'summary_use_proj'), r'transformer\.h\.\d+\.attn\.(masked_)?bias', 50256, 50256, tensors.with_prefix)
+         'summary_type', 'summary_use_proj'), r'transformer\.h\.\d+\.attn\.(masked_)?bias', 50256, 50256)
 
 
 def layer_norm(facts: dict, rope: Callable = read_rope, **more) -> ModelConfig:
@@ -313,6 +321,11 @@ HUGGING_FACE = {
         ministral3, tensors.LLAMA,
         MISTRAL | {'vocab_size': 131072, 'num_hidden_layers': 34, 'head_dim': 128, 'rms_norm_eps': 1e-5, 'sliding_window': None,
                    'max_position_embeddings': 262144}, NO_BIAS),
+    'Mistral3ForConditionalGeneration': entry(
+        lambda facts: in_text_config(facts, {'mistral': 'MistralForCausalLM', 'ministral3': 'Ministral3ForCausalLM'}),
+        tensors.LLAMA, {'text_config': REQUIRED, 'tie_word_embeddings': None}, {},
+        ('vision_config', 'image_token_index', 'multimodal_projector_bias', 'projector_hidden_act', 'spatial_merge_size',
+         'vision_feature_layer'), PICTURES, tidy=tensors.of_language_model),
     'Qwen2ForCausalLM': entry(
         lambda facts: qwen(facts, qkv_bias=True), tensors.LLAMA, QWEN, QWEN_FIXED | NO_BIAS, bos=None, eos=None),
     'Qwen3ForCausalLM': entry(
@@ -323,9 +336,10 @@ HUGGING_FACE = {
     'Gemma3ForCausalLM': entry(
         gemma3, tensors.GEMMA3, GEMMA3, GEMMA_FIXED | {'attn_logit_softcapping': (None,)}, bos=2, eos=1),
     'Gemma3ForConditionalGeneration': entry(
-        gemma3_with_pictures, tensors.GEMMA3, {'text_config': REQUIRED}, {'tie_word_embeddings': (True, None)},
-        ('vision_config', 'mm_tokens_per_image', 'boi_token_index', 'eoi_token_index', 'image_token_index'),
-        r'(model\.)?(vision_tower|multi_modal_projector)\..*', 2, 1, tensors.of_language_model),
+        lambda facts: in_text_config(facts, {'gemma3_text': 'Gemma3ForCausalLM'}), tensors.GEMMA3, {'text_config': REQUIRED},
+        {'tie_word_embeddings': (True, None)},
+        ('vision_config', 'mm_tokens_per_image', 'boi_token_index', 'eoi_token_index', 'image_token_index'), PICTURES, 2, 1,
+        tensors.of_language_model),
     'Phi3ForCausalLM': entry(
         phi3, tensors.PHI3,
         LLAMA | {'vocab_size': 32064, 'hidden_size': 3072, 'intermediate_size': 8192, 'max_position_embeddings': 4096,

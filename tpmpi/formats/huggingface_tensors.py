@@ -112,12 +112,6 @@ GRANITE_MOE = LLAMA | in_layer(router='block_sparse_moe.router.layer') | {
 # ---- names that differ between files
 
 
-def with_prefix(found: dict[str, TensorSource]) -> dict[str, TensorSource]:
-    """GPT-2's own files leave out 'transformer.'."""
-    bare = not any(name.startswith('transformer.') for name in found)
-    return {f'transformer.{name}' if bare and name != 'lm_head.weight' else name: source for name, source in found.items()}
-
-
 def embed_out(found: dict[str, TensorSource]) -> dict[str, TensorSource]:
     """GPT-NeoX's head, which is 'lm_head.weight' within transformers 5."""
     names = {'lm_head.weight': 'embed_out.weight'} if 'embed_out.weight' not in found else {}
