@@ -180,13 +180,19 @@ def yarn_said_again(keys, tensors):
              'llama.rope.scaling.yarn_beta_fast': 32.0, 'llama.rope.scaling.yarn_beta_slow': 1.0}
 
 
+def embedding_model(keys, tensors):
+    """One that is meant for the hidden state of a text's last token; its logits are the same."""
+    keys['qwen3.pooling_type'] = 3
+
+
 def pattern_as_a_list(keys, tensors):
     keys['cohere2.attention.sliding_window_pattern'] = [True, True, False, True]
 
 
 @pytest.mark.parametrize('name, change', [
     ('llama', fused), ('llama', fused_without_biases), ('llama', by_layer), ('mixtral', one_by_one),
-    ('llama_rope_linear', old_linear), ('llama_rope_yarn', yarn_said_again), ('cohere2', pattern_as_a_list)])
+    ('llama_rope_linear', old_linear), ('llama_rope_yarn', yarn_said_again), ('cohere2', pattern_as_a_list),
+    ('qwen3', embedding_model)])
 def test_another_way_to_write_it_is_the_same_model(tmp_path, name, change):
     one, other = (open_checkpoint(write_gguf(tmp_path / f'{i}.gguf', name, Type.F32, c)) for i, c in enumerate((None, change)))
     assert one.config == other.config
@@ -265,7 +271,7 @@ def test_a_model_in_several_files(tmp_path):
     ('mixtral', 'expert_weights_norm', False, 'expert_weights_norm is False; supported is True only'),
     ('mixtral', 'expert_used_count', [2, 1], r'expert_used_count is \[2, 1\]; supported is one number for all layers only'),
     ('mixtral', 'expert_used_count', 9, '9 of 4 experts'),
-    ('qwen3', 'pooling_type', 3, 'pooling_type is 3; supported is 0 only'),
+    ('qwen3', 'pooling_type', 1, 'pooling_type is 1; supported is 0 or 3 only'),
     ('qwen2', 'expert_count', 4, 'expert_count is 4; supported is 0 only'),
     ('qwen2', 'attention.sliding_window', 16, "unknown key 'attention.sliding_window'"),
     ('llama', 'attention.head_count_kv', [3, 2], r'head_count_kv is \[3, 2\]; supported is one number for all layers only'),
