@@ -387,6 +387,16 @@ def test_another_source_is_not_mixed_in(tmp_path, change, options, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['model.h5', 'reads', 'source']
 
 
+def test_a_source_that_changes_meanwhile_gives_no_file(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / 'source')
+    shutil.copy(tmp_path / 'source' / 'model.safetensors', tmp_path / 'other')
+    conversion = Conversion(tmp_path, seconds=0.05, source=tmp_path / 'source').until(3)
+    os.replace(tmp_path / 'other', tmp_path / 'source' / 'model.safetensors')
+    code, lines = conversion.end()
+    assert code == 1 and len(lines) == 1 and 'model.safetensors: has changed while it was read' in lines[0], lines
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['reads', 'source']
+
+
 def test_two_conversions_to_one_file(tmp_path, whole):
     first = Conversion(tmp_path, seconds=0.1).until(3)
     first.process.send_signal(signal.SIGSTOP)  # however long the others take to start

@@ -110,6 +110,14 @@ def test_bos_comes_first_where_the_name_or_the_file_says_so():
     assert {name for name, pre in PRE_TOKENIZERS.items() if pre.add_bos} == {'llama-bpe', 'llama-v3', 'llama3', 'tekken'}
 
 
+def test_what_some_files_have_for_no_token():
+    """-1 for an id, and tokens without letters, which llama.cpp takes as well."""
+    *rest, last = VOCABULARY['tokens']
+    keys = {'tokens': ['' if token in rest[-2:] else token for token in rest] + [last], 'merges': []}
+    tokenizer = byte_level('gpt-2', **keys, **{f'{name}_token_id': (1 << 32) - 1 for name in ('bos', 'eot', 'unknown')})
+    assert tokenizer.bos_token_id is None and tokenizer.vocab_size == len(rest) + 1
+
+
 # ---- SentencePiece
 
 @pytest.mark.parametrize('name', ['llama', 'gemma'])

@@ -39,7 +39,7 @@ def world(tmp_path_factory):
     shutil.copytree(SOURCE, folder / 'org' / 'pickled')
     (folder / 'org' / 'pickled' / 'model.safetensors').rename(folder / 'org' / 'pickled' / 'pytorch_model.bin')
     (folder / 'org' / 'quants' / 'deep').mkdir(parents=True)
-    for name in ('a.Q4_0.gguf', 'deep/b.gguf'):
+    for name in ('a.Q4_0.gguf', 'deep/b.gguf', 'deep/c-00001-of-00002.gguf', 'deep/c-00002-of-00002.gguf'):
         (folder / 'org' / 'quants' / name).write_bytes(b'no GGUF, really')
     shutil.copytree(SOURCE, folder / 'org' / 'strange')
     change = json.loads((SOURCE / 'config.json').read_text()) | {'architectures': ['FooForCausalLM']}
@@ -116,6 +116,15 @@ def test_only_files_of_the_index_are_fetched(world, tmp_path):
     next((tmp_path / 'home').rglob('model-00002-of-00002.safetensors')).unlink()
     code, lines = run(tmp_path, address, 'org/sharded', 'b.h5', HF_HUB_OFFLINE='1')
     assert code == 1 and len(lines) == 1 and 'not, or not wholly, in the cache' in lines[0], lines
+
+
+def test_all_parts_of_a_gguf_file(world, tmp_path):
+    address, seen = world
+    seen.clear()
+    code, lines = run(tmp_path, address, 'org/quants:deep/c-00001-of-00002.gguf', 'a.h5')
+    assert code == 1 and f'snapshots/{COMMIT}/deep/c-00001-of-00002.gguf is no GGUF file' in lines[0], lines
+    asked = {path.rpartition('/resolve/')[2].partition('/')[2] for _, path, _ in seen if '/resolve/' in path}
+    assert asked == {f'deep/c-0000{i}-of-00002.gguf' for i in (1, 2)}
 
 
 def test_one_file_of_all_weights_goes_before_an_index(world, tmp_path):

@@ -147,7 +147,7 @@ AVX512 = '+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vn
 def run(program: str, **variables):
     """The last line that a program prints, as JSON."""
     done = subprocess.run([sys.executable, '-c', program], env=environment(**variables), capture_output=True, text=True,
-                          timeout=400)
+                          timeout=1200)  # emulated units compile for minutes
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -85,6 +85,19 @@ def test_a_special_role_is_text_too():
     assert [id for id in ids if id < 3] == [1, 2, 1]
 
 
+def test_an_answer_keeps_the_tokens_that_its_template_looks_for():
+    """As Qwen3 and SmolLM3 do, whose answers come back with what the model thought."""
+    data = json.loads((REFERENCES / 'tiny_llama' / 'tokenizer.json').read_text())
+    data['added_tokens'] += [{**data['added_tokens'][0], 'id': 300 + n, 'content': token, 'special': False}
+                             for n, token in enumerate(('<think>', '</think>'))]
+    template = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+                "{% else %}{{ m.content }}{% endif %}|{{ m.content }}|{% endfor %}<think></think>")
+    tokenizer, thought = Tokenizer(json.dumps(data), template), '<think>\nhm\n</think>\n\nanswer<|im_end|>'
+    ids = tokenizer.apply_chat_template([{'role': 'assistant', 'content': thought}, {'role': 'user', 'content': '</think>'}])
+    assert tokenizer.decode(ids) == f'answer<|im_end|>|{thought}|</think>|</think>|<think></think>'
+    assert [id for id in ids if id >= 300] == [300, 301, 300, 301] and 2 not in ids  # an end that is spelled out is text
+
+
 def test_ordinary_added_tokens_that_the_template_writes_are_protected():
     data = json.loads((REFERENCES / 'tiny_llama' / 'tokenizer.json').read_text())
     data['added_tokens'] += [{**data['added_tokens'][0], 'id': 300 + n, 'content': token, 'special': False}

@@ -102,6 +102,7 @@ class Conversion:
 
     checkpoint: Checkpoint
     changes: Mapping[str, Change]
+    seen: Mapping[Path, tuple]  # the files, by `stamp`
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +121,12 @@ class Conversion:
         kinds = [(name, change.kind, change.words) for name, change in self.changes.items()]
         return made | {'the tokenizer': sha256(repr(texts)), 'the configuration': sha256(repr(self.checkpoint.config)),
                        'the kinds of the tensors (--weights)': sha256(repr(kinds))}
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError where a file is no longer the one whose beginning was read when it was opened."""
+        for file, seen in self.seen.items():
+            if stamp(file) != seen:
+                raise CheckpointError(f'{file}: has changed while it was read, and nothing was written; convert it again')
 
     def write(self, out: Path, resume: bool = False) -> tuple[int, list[str]]:
         """Write the model file; returns how many tensors an interrupted conversion had left, and which of the others hold NaN or
@@ -140,6 +147,7 @@ class Conversion:
                 if not is_finite(stored):
                     not_finite.append(name)
                 del stored  # before the next one is read
+            self.check_unchanged()
         return len(writer.done), not_finite
 
 
@@ -159,7 +167,7 @@ def prepare(source: str | Path, out: Path, weights: str | None = None, revision:
     except TokenizerError as e:
         raise CheckpointError(f'{path}: {e}; no run could load it') from e
     checkpoint = dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **provenance})
-    conversion = Conversion(checkpoint, plan(checkpoint, weights))
+    conversion = Conversion(checkpoint, plan(checkpoint, weights), {file: stamp(file) for file in checkpoint.files})
     free = shutil.disk_usage(file.parent).free + unfinished_bytes(out)
     if free < conversion.nbytes:
         raise CheckpointError(f'{out}: {conversion.nbytes:,} bytes are needed and {free:,} are free on that file system')
@@ -172,6 +180,12 @@ def convert(source: str | Path, out: Path, weights: str | None = None, *, revisi
     conversion = prepare(source, Path(out), weights, revision, gguf)
     conversion.write(Path(out), resume)
     return conversion.changes
+
+
+def stamp(file: Path) -> tuple[int, int, int]:
+    """What tells a file from what it was before, or from another one of its name."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def is_finite(stored: Stored) -> bool:

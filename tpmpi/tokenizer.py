@@ -80,7 +80,8 @@ class Tokenizer:
     def apply_chat_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation: [{'role': 'user', 'content': ...}, ...], and the head of the answer to come.
 
-        The ids are those of transformers, except that a special token spelled out in a message stays plain text there.
+        The ids are those of transformers, except that a special token spelled out in a message stays plain text there, and,
+        but in an answer, so does an ordinary one that the template writes, such as </think>.
         (A template that itself removes characters from a message could put one together; none in use does.)
         Raises TokenizerError when there is no template, it is broken, it refuses the messages, or it goes too far.
         """
@@ -88,7 +89,7 @@ class Tokenizer:
             raise TokenizerError("expected a list of at least one message such as {'role': 'user', 'content': 'Hello'}")
         try:
             messages = [{key: plain(value) for key, value in message.items() if value is not None} for message in messages]
-            marked = [{key: self._controls.mark(value) for key, value in message.items()} for message in messages]
+            marked = [{key: self._marker(message).mark(value) for key, value in message.items()} for message in messages]
         except RecursionError:
             raise TokenizerError('a message holds lists or objects hundreds deep; expected text, or a few levels') from None
         variables = {
@@ -124,6 +125,16 @@ class Tokenizer:
         template = self.chat_template or ''
         return ControlTokens({token.content: id for id, token in self._added.items()
                               if token.special or (token.content in template and not token.content.isspace())})
+
+    @functools.cached_property
+    def _special(self) -> ControlTokens:
+        """The special tokens alone."""
+        return ControlTokens({token.content: id for id, token in self._added.items() if token.special})
+
+    def _marker(self, message: Mapping) -> ControlTokens:
+        """What stays plain text in a message.  An answer may have been a model's own, with its </think>, which templates look
+        for."""
+        return self._special if message.get('role') == 'assistant' else self._controls
 
     @functools.cached_property
     def _plain_twin(self) -> tokenizers.Tokenizer:

@@ -31,6 +31,7 @@ FIXED_KEYS = {'tokenizer.ggml.add_sep_token': False, 'tokenizer.ggml.remove_extr
 END_TOKENS = (
     '<|eot_id|>', '<|eom_id|>', '<|end_of_text|>', '<|im_end|>', '<|endoftext|>', '<|end|>', '<|return|>', '<|call|>',
     '<end_of_turn>', '<eos>', '<end_of_utterance>', '<EOT>', '_<EOT>', '[EOT]', '<\uff5cend\u2581of\u2581sentence\uff5c>')
+NO_TOKEN = (1 << 32) - 1  # -1 in 32 bits
 HARMONY = ('<|return|>', '<|call|>')  # with these, <|end|> only ends a part of an answer
 MODELS = {'gpt2': 'byte-level BPE', 'llama': 'SentencePiece BPE'}
 
@@ -45,7 +46,7 @@ def open_tokenizer(metadata: Mapping, vocab_size: int) -> tuple[str, str | None,
             + f'; supported are {" and ".join(f"{name} ({kind})" for name, kind in MODELS.items())}; '
             'convert from the Hugging Face folder instead')
     check_keys(metadata, model)
-    tokens = strings(metadata, 'tokenizer.ggml.tokens')
+    tokens = [token or f'[EMPTY_{id}]' for id, token in enumerate(strings(metadata, 'tokenizer.ggml.tokens'))]  # as llama.cpp
     if len(tokens) != vocab_size:
         raise FormatError(f'{GGUF_WHERE}: {len(tokens)} tokens; the embedding has {vocab_size} rows')
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -139,7 +140,7 @@ def numbers(metadata: Mapping, name: str, count: int, default: int | None = None
 
 def token_id(metadata: Mapping, name: str, vocab_size: int) -> int | None:
     key = f'tokenizer.ggml.{name}_token_id'
-    return checked_token_id(metadata.get(key), vocab_size, key)
+    return None if metadata.get(key) == NO_TOKEN else checked_token_id(metadata.get(key), vocab_size, key)
 
 
 def merges(metadata: Mapping, vocab: Mapping[str, int]) -> list[list[str]]:

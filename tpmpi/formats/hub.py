@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpmpi.formats.gguf import PART
 from tpmpi.formats.source import FormatError, parse_json, read_json, read_text
 
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -24,6 +25,7 @@ TEXTS = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'generation_c
 FILES = ('.gguf', '.safetensors', '.h5')  # a missing file of such a name is a missing file
 NAME = re.compile(r'[\w.-]{1,96}/[\w.-]{1,96}', re.ASCII)
 SHOWN = 5  # file names in a message
+MOST_PARTS = 1000  # of a GGUF file
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,16 @@ def fetch(repository: str, revision: str | None = None, gguf: str | None = None)
             hub.utils.disable_progress_bars()
         if gguf is None:
             return fetch_folder(hub, repository, revision)
-        path = Path(guarded(hub, repository, revision, lambda: hub.hf_hub_download(repository, gguf, revision=revision), gguf))
-    return Fetched(path, repository, path.parents[gguf.count('/')].name)
+        path = fetch_file(hub, repository, gguf, revision)
+        commit = path.parents[gguf.count('/')].name
+        if (part := PART.fullmatch(gguf)) is not None:  # one of several, which its reader wants beside it
+            for i in range(1, min(int(part[3]), MOST_PARTS) + 1):
+                fetch_file(hub, repository, f'{part[1]}-{i:05d}-of-{part[3]}.gguf', commit)
+    return Fetched(path, repository, commit)
+
+
+def fetch_file(hub, repository: str, name: str, revision: str | None) -> Path:
+    return Path(guarded(hub, repository, revision, lambda: hub.hf_hub_download(repository, name, revision=revision), name))
 
 
 def import_hub(repository: str):
