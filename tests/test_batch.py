@@ -324,7 +324,7 @@ def test_memory_does_not_grow_with_the_input(nine_heads, tmp_path):
         assert {record['id'] for record in found} == set(range(count)) and len(found) == count
         assert all(len(record['tokens']) == record['id'] % 2 for record in found)
         peaks.append(report(output)['ranks'][0]['peak_bytes'])
-    assert peaks[1] - peaks[0] < 4 << 20, peaks  # 1.7 to 2.3 MiB here, 0.6 more for the next 20,000 lines
+    assert peaks[1] - peaks[0] < 3 << 20, peaks  # compiled kernels and a cache in use would vary by more
 
 
 # ---- cut off, and gone on with

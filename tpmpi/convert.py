@@ -112,9 +112,7 @@ class Conversion:
     def origin(self) -> dict[str, str]:
         """All that the tensors of the file depend on; an interrupted conversion goes on only where it is the same."""
         made = {'the version of tpmpi': tpmpi.__version__}
-        for file in self.checkpoint.files:
-            found = file.stat()
-            made[file.name] = f'{found.st_size} bytes of {found.st_mtime_ns} ns'
+        made |= {file.name: f'{size} bytes of {date} ns' for file, (_, size, date) in self.seen.items()}
         made |= {f"the source's {key}": value for key, value in self.checkpoint.provenance.items()}
         texts = [self.checkpoint.tokenizer_json, self.checkpoint.chat_template, self.checkpoint.bos_token_id,
                  self.checkpoint.eos_token_ids]

@@ -74,8 +74,8 @@ class Tokenizer:
     @functools.cached_property
     def _letter(self) -> int | None:
         """A token that is one letter."""
-        ids = map(self._backend.token_to_id, string.ascii_letters)
-        return next((id for id in ids if id is not None and self.decode([id]) in set(string.ascii_letters)), None)
+        ids = ((letter, self._backend.token_to_id(letter)) for letter in string.ascii_letters)
+        return next((id for letter, id in ids if id is not None and self.decode([id]) == letter), None)
 
     def apply_chat_template(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation: [{'role': 'user', 'content': ...}, ...], and the head of the answer to come.

@@ -89,8 +89,8 @@ def fetch(repository: str, revision: str | None = None, gguf: str | None = None)
             return fetch_folder(hub, repository, revision)
         path = fetch_file(hub, repository, gguf, revision)
         commit = path.parents[gguf.count('/')].name
-        if (part := PART.fullmatch(gguf)) is not None:  # one of several, which its reader wants beside it
-            for i in range(1, min(int(part[3]), MOST_PARTS) + 1):
+        if (part := PART.fullmatch(gguf)) is not None and int(part[2]) == 1:  # its reader wants the others beside it
+            for i in range(2, min(int(part[3]), MOST_PARTS) + 1):
                 fetch_file(hub, repository, f'{part[1]}-{i:05d}-of-{part[3]}.gguf', commit)
     return Fetched(path, repository, commit)
 

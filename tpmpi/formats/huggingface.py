@@ -147,7 +147,7 @@ def open_tokenizer(folder: Path, config: ModelConfig, family: Family, values: Ma
     if max(known.values(), default=0) >= config.vocab_size:
         raise FormatError(f'{folder / "tokenizer.json"} has token ids up to {max(known.values())}; '
                           f'config.json allows vocab_size {config.vocab_size}')
-    known = take_added_tokens(tokenizer, known, settings, config.vocab_size)
+    take_added_tokens(tokenizer, known, settings, config.vocab_size)
     for token in special_tokens(settings):
         make_special(tokenizer, known, token)
     bos, eos = (named_id(known, settings, key) for key in ('bos_token', 'eos_token'))
@@ -233,8 +233,8 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else []
 
 
-def take_added_tokens(tokenizer: dict, known: dict[str, int], settings: Mapping, vocab_size: int) -> dict[str, int]:
-    """Every token with its id, after what `added_tokens_decoder` says of how tokens are found in a text, or adds to them.
+def take_added_tokens(tokenizer: dict, known: dict[str, int], settings: Mapping, vocab_size: int) -> None:
+    """Puts into the tokenizer, and among the known ids, what `added_tokens_decoder` says of how tokens are found or adds to them.
 
     Raises FormatError where it contradicts tokenizer.json.
     """
@@ -260,7 +260,6 @@ def take_added_tokens(tokenizer: dict, known: dict[str, int], settings: Mapping,
             entry.update((flag, said[flag]) for flag in HOW_FOUND if isinstance(said.get(flag), bool))
     if added:
         tokenizer['added_tokens'] = sorted(added.values(), key=lambda entry: entry['id'])
-    return known
 
 
 def make_special(tokenizer: dict, known: Mapping[str, int], token: str) -> None:
